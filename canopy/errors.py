@@ -1,0 +1,32 @@
+"""What can be wrong with a user's input, as exceptions that the command line prints in one line.
+
+A message names the value, the limit it broke and the remedy. Broken internal invariants are `assert`s, never these.
+"""
+
+
+class CanopyError(Exception):
+    """Bad input or an unusable environment; the message is one line with the value, the limit and the remedy."""
+
+
+class GridError(CanopyError):
+    """A CRS, transform, window or sheet layout that cannot work."""
+
+
+class RasterError(CanopyError):
+    """A raster that cannot be read or written as asked."""
+
+
+class LidarError(CanopyError):
+    """A point cloud that cannot be turned into heights."""
+
+
+class RecipeError(CanopyError):
+    """A recipe (TOML) with an unknown key, a wrong value or a missing file."""
+
+
+class ContractError(CanopyError):
+    """Imagery that a model must not be given, or a model folder that does not hold what its contract says."""
+
+
+class OutputError(CanopyError):
+    """An output folder or file that cannot be written without losing something."""

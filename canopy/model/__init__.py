@@ -1,0 +1,1 @@
+"""The dense-prediction network, its height distribution, model folders and training."""

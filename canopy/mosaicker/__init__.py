@@ -1,0 +1,1 @@
+"""From windows of predictions to cloud-optimized height and error maps."""

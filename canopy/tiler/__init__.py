@@ -1,0 +1,1 @@
+"""From imagery and LiDAR to training chips on one lattice."""
