@@ -56,9 +56,19 @@ class Grid:
     def bounds(self) -> tuple[float, float, float, float]:
         """(left, bottom, right, top) of all four corners, in CRS units."""
         rows, cols = self.shape
-        corners = [self.transform @ (c, r) for c in (0, cols) for r in (0, rows)]
+        corners = [self.xy(c, r) for c in (0, cols) for r in (0, rows)]
         xs, ys = zip(*corners, strict=True)
         return min(xs), min(ys), max(xs), max(ys)
+
+    def xy(self, col: Any, row: Any) -> tuple[Any, Any]:
+        """CRS coordinates (x, y) of pixel coordinates (0 is the first pixel's outer edge); numbers or arrays."""
+        a, b, c, d, e, f = tuple(self.transform)[:6]
+        return a * col + b * row + c, d * col + e * row + f
+
+    def pixel(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Pixel coordinates (col, row) of CRS coordinates; numbers or arrays."""
+        a, b, c, d, e, f = tuple(~self.transform)[:6]
+        return a * x + b * y + c, d * x + e * y + f
 
     def crop(self, row: int, col: int, shape: tuple[int, int]) -> Grid:
         """The sub-grid of `shape` whose first pixel is (row, col); may hang over the edges."""

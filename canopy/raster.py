@@ -1,0 +1,365 @@
+"""Reading rasters as (data, valid) and writing GeoTIFFs that are whole or absent.
+
+The only module that opens rasters. Data and validity travel as two arrays, so no value of the data ever means "nothing
+here": 0 is black, 0 m is a height, and what hangs over an edge is `valid=False`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from pyproj import CRS
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.warp import Resampling, reproject
+from rasterio.windows import Window
+
+from canopy.errors import RasterError
+from canopy.grid import Grid
+
+# A truncated JPEG is only a warning to libjpeg: the missing rows would arrive grey and be mapped as forest or field.
+_ENV = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE", "GDAL_TIFF_INTERNAL_MASK": "TRUE"}
+
+# GDAL repeats on the log what it raises; the exception is what we report.
+logging.getLogger("rasterio._env").setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pixels:
+    """An array of pixels and which of them are usable."""
+
+    data: NDArray[Any]
+    """(band, row, col)."""
+    valid: NDArray[np.bool_]
+    """(row, col), True where every band of `data` is usable."""
+
+    def __post_init__(self) -> None:
+        assert self.data.ndim == 3, f"data must be (band, row, col), is {self.data.shape}"
+        assert self.data.shape[1:] == self.valid.shape, f"data {self.data.shape} and valid {self.valid.shape} differ"
+
+
+class Raster:
+    """A raster open for reading; made by `open_raster`."""
+
+    def __init__(self, path: Path, dataset: Any) -> None:
+        self.path = path
+        self._dataset = dataset
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self._dataset.shape  # type: ignore[no-any-return]
+
+    @property
+    def count(self) -> int:
+        """Number of bands, alpha included."""
+        return int(self._dataset.count)
+
+    @property
+    def dtype(self) -> str:
+        """Data type of the bands, which must be one for all."""
+        kinds = sorted(set(self._dataset.dtypes))
+        if len(kinds) > 1:
+            raise RasterError(f"{self.path} mixes data types {kinds}; convert it so that all bands share one")
+        return str(kinds[0])
+
+    @property
+    def nodata(self) -> float | None:
+        """The declared nodata value."""
+        return self._dataset.nodata  # type: ignore[no-any-return]
+
+    @property
+    def band_names(self) -> tuple[str | None, ...]:
+        """Descriptions of the bands."""
+        return tuple(self._dataset.descriptions)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Tags of the file (not of its bands)."""
+        return dict(self._dataset.tags())
+
+    @property
+    def data_bands(self) -> tuple[int, ...]:
+        """1-based indices of the bands that are not alpha."""
+        return tuple(i for i, c in enumerate(self._dataset.colorinterp, start=1) if c != ColorInterp.alpha)
+
+    @property
+    def grid(self) -> Grid:
+        """Where the pixels are.
+
+        Raises:
+            RasterError: the file has no CRS or no geotransform.
+        """
+        if self._dataset.crs is None:
+            raise RasterError(
+                f"{self.path} has no CRS, so its place on Earth is unknown; assign the right one first, "
+                f"for example: rio edit-info --crs EPSG:32610 {self.path.name}"
+            )
+        if self._dataset.transform.is_identity:
+            raise RasterError(f"{self.path} has no geotransform; add a world file or georeference it first")
+        crs = CRS.from_wkt(self._dataset.crs.to_wkt())
+        return Grid(crs=crs, transform=self._dataset.transform, shape=self.shape)
+
+    def read(self, row: int, col: int, shape: tuple[int, int], bands: Sequence[int] | None = None) -> Pixels:
+        """The window of `shape` (row, col) whose first pixel is (row, col); it may hang over the edges.
+
+        Args:
+            row: First row, counted from the top of the file; may be negative.
+            col: First column; may be negative.
+            shape: (rows, columns) to return.
+            bands: 1-based indices, default all that are not alpha.
+
+        Returns:
+            `data` in the file's data type; outside the file it is 0 (NaN for floats) and `valid` is False. A pixel is
+            valid unless the file's mask or alpha hides it, all bands equal the nodata value, or any band is NaN.
+
+        Raises:
+            RasterError: the blocks cannot be decoded, as in a truncated file.
+        """
+        indices = tuple(bands) if bands is not None else self.data_bands
+        dtype = np.dtype(self.dtype)
+        fill = math.nan if dtype.kind == "f" else 0
+        data = np.full((len(indices), *shape), fill, dtype)
+        valid = np.zeros(shape, bool)
+        rows, cols = self.shape
+        row0, row1 = max(row, 0), min(row + shape[0], rows)
+        col0, col1 = max(col, 0), min(col + shape[1], cols)
+        if row0 >= row1 or col0 >= col1:
+            return Pixels(data=data, valid=valid)
+        window = Window(col0, row0, col1 - col0, row1 - row0)
+        inside = (slice(row0 - row, row1 - row), slice(col0 - col, col1 - col))
+        try:
+            part = self._dataset.read(indices, window=window)
+            valid[inside] = self._valid(part, indices, window)
+        except RasterioError as error:
+            raise RasterError(
+                f"{self.path} cannot be decoded at rows {row0}-{row1} ({error.__cause__ or error}); "
+                f"the file is damaged or cut short: fetch it again"
+            ) from error
+        data[(slice(None), *inside)] = part
+        return Pixels(data=data, valid=valid)
+
+    def _valid(self, part: NDArray[Any], indices: tuple[int, ...], window: Window) -> NDArray[np.bool_]:
+        flags = self._dataset.mask_flag_enums[indices[0] - 1]
+        if MaskFlags.per_dataset in flags:
+            valid = self._dataset.read_masks(indices[0], window=window) > 0
+        elif MaskFlags.nodata in flags and not math.isnan(self._dataset.nodata):
+            # One band may well hold the nodata value in a shadow or a flower; only all bands together say "nothing".
+            valid = (part != part.dtype.type(self._dataset.nodata)).any(axis=0)
+        else:
+            valid = np.ones(part.shape[1:], bool)
+        if part.dtype.kind == "f":
+            valid &= np.isfinite(part).all(axis=0)
+        return valid  # type: ignore[no-any-return]
+
+
+@contextmanager
+def open_raster(path: str | os.PathLike[str]) -> Iterator[Raster]:
+    """Open a raster for reading.
+
+    Raises:
+        RasterError: the file is missing, empty, or nothing that GDAL can read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RasterError(f"{path} does not exist; check the path")
+    if path.is_file() and path.stat().st_size == 0:
+        raise RasterError(f"{path} is empty (0 bytes); fetch it again")
+    import warnings
+
+    with rasterio.Env(**_ENV), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `Raster.grid` says it, as an error
+        try:
+            dataset = rasterio.open(path)
+        except RasterioError as error:
+            raise RasterError(
+                f"{path} cannot be read as a raster; give a GeoTIFF, JPEG or PNG with its CRS, or a VRT"
+            ) from error
+        with dataset:
+            yield Raster(path, dataset)
+
+
+def read_raster(path: str | os.PathLike[str], bands: Sequence[int] | None = None) -> tuple[Pixels, Grid]:
+    """A whole raster and its grid; for files that fit in memory."""
+    with open_raster(path) as raster:
+        return raster.read(0, 0, raster.shape, bands), raster.grid
+
+
+# --- writing -------------------------------------------------------------------------------------------------------------
+
+
+class RasterWriter:
+    """A GeoTIFF being written; made by `create_raster`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def write(self, row: int, data: NDArray[Any], col: int = 0) -> None:
+        """Write `data` (band, row, col), already in the file's data type, with its first pixel at (row, col)."""
+        assert data.dtype == np.dtype(self._dataset.dtypes[0]), f"{data.dtype} is not the file's {self._dataset.dtypes[0]}"
+        self._dataset.write(data, window=Window(col, row, data.shape[2], data.shape[1]))
+
+    def write_valid(self, valid: NDArray[np.bool_]) -> None:
+        """Write the validity of the whole raster as its internal mask."""
+        self._dataset.write_mask(valid)
+
+
+@contextmanager
+def create_raster(
+    path: str | os.PathLike[str],
+    *,
+    grid: Grid,
+    count: int,
+    dtype: str,
+    nodata: float | None = None,
+    band_names: Sequence[str] = (),
+    units: Sequence[str] = (),
+    tags: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Iterator[RasterWriter]:
+    """A tiled GeoTIFF to write into; it takes its name only when the block ends without an error.
+
+    Args:
+        path: Final name. Until then the file is `.NAME.part` beside it.
+        grid: CRS, transform and shape.
+        count: Number of bands.
+        dtype: Data type of all bands.
+        nodata: Declared nodata value, NaN for heights.
+        band_names: One description a band, or none.
+        units: One unit a band, for example "m", or none.
+        tags: Tags of the file.
+        options: Creation options of GDAL's GTiff driver, over the defaults (tiled 512, DEFLATE).
+
+    Raises:
+        RasterError: the disk is full or the file cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    profile: dict[str, Any] = {
+        "driver": "GTiff", "tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate", "BIGTIFF": "IF_SAFER",
+    }  # fmt: skip
+    if dtype == "uint8" and count in (3, 4):
+        # GDAL takes a fourth byte band for alpha unless told otherwise; near infrared would then mask the image.
+        profile |= {"photometric": "rgb", "ALPHA": "NO"}
+    elif count > 1:
+        profile |= {"photometric": "minisblack", "ALPHA": "NO"}
+    profile |= options
+    rows, cols = grid.shape
+    try:
+        with rasterio.Env(**_ENV):
+            with rasterio.open(
+                part, "w", width=cols, height=rows, count=count, dtype=dtype, nodata=nodata,
+                crs=grid.crs.to_wkt(), transform=grid.transform, **profile,
+            ) as dataset:  # fmt: skip
+                for index, name in enumerate(band_names, start=1):
+                    dataset.set_band_description(index, name)
+                for index, unit in enumerate(units, start=1):
+                    dataset.set_band_unit(index, unit)
+                dataset.update_tags(**(tags or {}))
+                yield RasterWriter(dataset)
+            part.replace(path)
+    except (RasterioError, OSError) as error:
+        raise RasterError(
+            f"cannot write {path} ({error.__cause__ or error}); free disk space or choose another folder"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_raster(
+    path: str | os.PathLike[str],
+    data: NDArray[Any],
+    *,
+    grid: Grid,
+    nodata: float | None = None,
+    valid: NDArray[np.bool_] | None = None,
+    band_names: Sequence[str] = (),
+    units: Sequence[str] = (),
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Write a whole array (band, row, col) as a GeoTIFF, atomically.
+
+    Args:
+        path: Final name.
+        data: (band, row, col); its data type is the file's.
+        grid: Where it lies; its shape must be that of `data`.
+        nodata: Declared nodata value.
+        valid: (row, col); kept as the file's internal mask, so that no value of an integer image is given up for nodata.
+        band_names: One description a band.
+        units: One unit a band.
+        tags: Tags of the file.
+    """
+    assert data.ndim == 3, f"data must be (band, row, col), is {data.shape}"
+    assert data.shape[1:] == grid.shape, f"data {data.shape} does not fit the grid {grid.shape}"
+    with create_raster(
+        path,
+        grid=grid,
+        count=data.shape[0],
+        dtype=data.dtype.name,
+        nodata=nodata,
+        band_names=band_names,
+        units=units,
+        tags=tags,
+    ) as writer:
+        writer.write(0, data)
+        if valid is not None:
+            writer.write_valid(valid)
+
+
+def check_readable(path: Path) -> None:
+    """Decode every block of a raster once.
+
+    GDAL flushes the last blocks when a file is closed and only logs what fails then, so a full disk shows on reading.
+
+    Raises:
+        RasterError: a block cannot be decoded.
+    """
+    with open_raster(path) as raster:
+        rows, cols = raster.shape
+        for row in range(0, rows, 512):
+            raster.read(row, 0, (min(512, rows - row), cols), bands=range(1, raster.count + 1))
+
+
+# --- warping -------------------------------------------------------------------------------------------------------------
+
+
+def warp(pixels: Pixels, source: Grid, target: Grid, *, resampling: Resampling = Resampling.bilinear) -> Pixels:
+    """Resample pixels onto another grid.
+
+    Invalid pixels have no part in the result: they travel as NaN in float32, so neighbours are weighted among the valid
+    ones only. Where the target is coarser, GDAL widens the kernel to the target's pixel. The exact transformer is used
+    (its default approximation depends on the extent that is warped).
+
+    Args:
+        pixels: Pixels on `source`; integers are returned as the same integer type, rounded.
+        source: Grid of `pixels`.
+        target: Grid of the result.
+        resampling: Kernel.
+    """
+    count = pixels.data.shape[0]
+    floats = np.where(pixels.valid, pixels.data, np.float32(np.nan)).astype(np.float32)
+    out = np.full((count, *target.shape), np.nan, np.float32)
+    with rasterio.Env(**_ENV):
+        reproject(
+            floats, out,
+            src_transform=source.transform, src_crs=source.crs.to_wkt(), src_nodata=math.nan,
+            dst_transform=target.transform, dst_crs=target.crs.to_wkt(), dst_nodata=math.nan,
+            resampling=resampling, tolerance=0.0, num_threads=1,
+        )  # fmt: skip
+    valid = np.asarray(np.isfinite(out).all(axis=0))
+    dtype = pixels.data.dtype
+    if dtype.kind == "f":
+        return Pixels(data=out.astype(dtype), valid=valid)
+    limits = np.iinfo(dtype)
+    rounded = np.clip(np.rint(np.where(valid, out, 0)), limits.min, limits.max)  # cubic kernels overshoot the range
+    return Pixels(data=rounded.astype(dtype), valid=valid)
