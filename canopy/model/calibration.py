@@ -1,0 +1,232 @@
+"""From the spread of the predicted distribution to an interval that holds the true height as often as it says.
+
+Split-conformal prediction (Vovk et al. 2005; Lei et al. 2018) on pixels that training never saw. For a pixel with
+predicted height m, spread s and true height y the two non-conformity scores are (m - y)/s and (y - m)/s. In each class
+of *predicted* height (the true one is unknown where a map is made) their 95 % quantiles say how many spreads to go down
+and up, so that each tail holds 5 % and the interval 90 %.
+
+What is promised and what is not: the guarantee is about pixels exchangeable with the calibration pixels. A new site is
+not exchangeable pixel by pixel, so coverage there is a measurement, taken by leaving sites out in turn, never a promise.
+NumPy only. All arrays of one call are one-dimensional and of one length, in metres.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+
+from canopy.errors import RecipeError
+from canopy.metrics import CLASS_EDGES_M, IntervalSums, class_index
+
+LEAST_PX = 2000
+"""A class with fewer calibration pixels than this is merged with a neighbour: neighbouring pixels are alike, and a few
+crowns are not a sample of a tail of 5 %."""
+
+SPREAD_FLOOR_M = 0.25
+"""Spreads below it count as it: on open ground the spread goes to 0 m and a score divided by it to infinity."""
+
+
+class CalibrationTable(BaseModel):
+    """How many spreads below and above the predicted height the interval reaches, by class of predicted height."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    level: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
+    """Share of true heights the interval is to hold."""
+    edges_m: tuple[float, ...]
+    """Inner edges of the classes of predicted height, increasing; the classes are open at both ends."""
+    lower: tuple[NonNegativeFloat, ...]
+    """Per class: spreads from the predicted height down to the lower end."""
+    upper: tuple[NonNegativeFloat, ...]
+    """Per class: spreads from the predicted height up to the upper end."""
+    n: tuple[NonNegativeInt, ...]
+    """Per class: calibration pixels."""
+    spread_floor_m: PositiveFloat = SPREAD_FLOOR_M
+    sites: tuple[str, ...]
+    """Sites the table was fitted on, each with the same total weight."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CalibrationTable:
+        classes = len(self.edges_m) + 1
+        if {len(self.lower), len(self.upper), len(self.n)} != {classes}:
+            raise ValueError(f"{len(self.edges_m)} edges make {classes} classes; give lower, upper and n for each")
+        if any(a >= b for a, b in zip(self.edges_m, self.edges_m[1:], strict=False)):
+            raise ValueError(f"class edges {self.edges_m} do not increase")
+        return self
+
+
+def interval(
+    mean_m: ArrayLike, spread_m: ArrayLike, table: CalibrationTable
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The ends (lower_m, upper_m) of the interval, float32, for arrays of any one shape; NaN where the mean is NaN.
+
+    The lower end is not below 0 m, where no height is, so cutting it there loses no coverage.
+    """
+    mean = np.asarray(mean_m, dtype=np.float32)
+    spread = np.maximum(np.asarray(spread_m, dtype=np.float32), np.float32(table.spread_floor_m))
+    index = class_index(mean, table.edges_m)
+    lower = mean - np.asarray(table.lower, dtype=np.float32)[index] * spread
+    upper = mean + np.asarray(table.upper, dtype=np.float32)[index] * spread
+    return np.maximum(lower, np.minimum(mean, np.float32(0.0))), upper
+
+
+def conformal_quantile(score: NDArray[np.float64], weight: NDArray[np.float64], level: float) -> float:
+    """The smallest score that holds the share `level` of the weight, counting one more pixel of average weight above all.
+
+    With equal weights this is the ceil((n + 1) level)-th smallest of n scores, the finite-sample correction of split
+    conformal prediction; infinite where n is too small for the level.
+    """
+    order = np.argsort(score, kind="stable")
+    reached = np.cumsum(weight[order])
+    total = reached[-1]
+    # A rounding error of the sum must not push the answer to the next score.
+    wanted = level * (total + total / score.size) * (1 - 1e-12)
+    at = int(np.searchsorted(reached, wanted, side="left"))
+    return float(score[order[at]]) if at < score.size else float("inf")
+
+
+def _merged_edges(edges_m: Sequence[float], mean_m: NDArray[np.float64], least_px: int) -> tuple[float, ...]:
+    """The edges left when each class with fewer than `least_px` pixels has joined the class below, the lowest the one above."""
+    edges = list(edges_m)
+    counts = np.bincount(class_index(mean_m, edges), minlength=len(edges) + 1).tolist()
+    while edges and min(counts) < least_px:
+        small = max(k for k, n in enumerate(counts) if n < least_px)
+        low = max(small - 1, 0)  # the lower of the two classes that become one
+        counts[low : low + 2] = [counts[low] + counts[low + 1]]
+        del edges[low]
+    return tuple(edges)
+
+
+def fit_calibration(
+    mean_m: ArrayLike,
+    spread_m: ArrayLike,
+    true_m: ArrayLike,
+    site: Sequence[str] | NDArray[np.str_],
+    edges: Sequence[float] = CLASS_EDGES_M,
+    *,
+    level: float = 0.9,
+    least_px: int = LEAST_PX,
+    spread_floor_m: float = SPREAD_FLOOR_M,
+) -> CalibrationTable:
+    """Fit the table on held-out pixels; every site has the same weight, however many pixels it has.
+
+    Why equal sites: the table is for a site nobody has seen, and one large acquisition would otherwise speak for all.
+
+    Args:
+        mean_m: predicted heights, finite.
+        spread_m: predicted spreads, finite and not negative.
+        true_m: true heights, finite.
+        site: name of the site of each pixel.
+        edges: inner edges of the classes of predicted height in metres; classes with few pixels are merged.
+        level: share of true heights the interval is to hold; each tail gets half the rest.
+        least_px: fewest pixels of a class.
+        spread_floor_m: spreads below it count as it.
+
+    Raises:
+        RecipeError: fewer than `least_px` pixels in all.
+    """
+    mean, spread, true = (np.asarray(a, dtype=np.float64) for a in (mean_m, spread_m, true_m))
+    names, which, counts = np.unique(np.asarray(site), return_inverse=True, return_counts=True)
+    assert mean.shape == spread.shape == true.shape == which.shape, "mean, spread, true and site differ in shape"
+    assert bool((np.isfinite(mean) & np.isfinite(spread) & np.isfinite(true)).all()), "calibration pixels must be finite"
+    tail = (1 + level) / 2
+    least_px = max(least_px, int(np.ceil(tail / (1 - tail))))
+    if mean.size < least_px:
+        raise RecipeError(
+            f"{mean.size} held-out pixels are too few to calibrate, {least_px} are needed; hold out more blocks or sites"
+        )
+    weight = 1.0 / counts[which]
+    scaled = (mean - true) / np.maximum(spread, spread_floor_m)
+    merged = _merged_edges(edges, mean, least_px)
+    index = class_index(mean, merged)
+    lower, upper, n = [], [], []
+    for k in range(len(merged) + 1):
+        here = index == k
+        # An end on the wrong side of the predicted height would leave the map's own value outside its interval.
+        lower.append(max(conformal_quantile(scaled[here], weight[here], tail), 0.0))
+        upper.append(max(conformal_quantile(-scaled[here], weight[here], tail), 0.0))
+        n.append(int(here.sum()))
+    return CalibrationTable(
+        level=level,
+        edges_m=merged,
+        lower=tuple(lower),
+        upper=tuple(upper),
+        n=tuple(n),
+        spread_floor_m=spread_floor_m,
+        sites=tuple(str(name) for name in names),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """Intervals against true heights, by class of predicted height."""
+
+    edges_m: tuple[float, ...]
+    classes: tuple[IntervalSums, ...]
+
+    @property
+    def total(self) -> IntervalSums:
+        """The sums over all classes."""
+        return sum(self.classes, IntervalSums())
+
+    def __add__(self, other: Coverage) -> Coverage:
+        assert self.edges_m == other.edges_m, f"classes with edges {self.edges_m} and {other.edges_m} do not add up"
+        return Coverage(edges_m=self.edges_m, classes=tuple(a + b for a, b in zip(self.classes, other.classes, strict=True)))
+
+
+def measure_coverage(
+    table: CalibrationTable,
+    mean_m: ArrayLike,
+    spread_m: ArrayLike,
+    true_m: ArrayLike,
+    edges: Sequence[float] = CLASS_EDGES_M,
+) -> Coverage:
+    """What the table's intervals hold on these pixels; it is coverage only where they had no part in fitting the table."""
+    lower, upper = interval(mean_m, spread_m, table)
+    index = class_index(mean_m, edges)
+    return Coverage(
+        edges_m=tuple(edges),
+        classes=tuple(IntervalSums.of(lower, upper, true_m, index == k) for k in range(len(edges) + 1)),
+    )
+
+
+def cross_coverage(
+    mean_m: ArrayLike,
+    spread_m: ArrayLike,
+    true_m: ArrayLike,
+    site: Sequence[str] | NDArray[np.str_],
+    edges: Sequence[float] = CLASS_EDGES_M,
+    *,
+    level: float = 0.9,
+    least_px: int = LEAST_PX,
+    spread_floor_m: float = SPREAD_FLOOR_M,
+) -> dict[str, Coverage]:
+    """Coverage of each site by a table fitted on the others; a site is left out when the others are too few pixels to fit.
+
+    Arguments as in `fit_calibration`.
+    """
+    mean, spread, true = (np.asarray(a) for a in (mean_m, spread_m, true_m))
+    sites = np.asarray(site)
+    names = np.unique(sites)
+    result = {}
+    for name in names:
+        own = sites == name
+        if (~own).sum() < least_px:
+            continue
+        table = fit_calibration(
+            mean[~own],
+            spread[~own],
+            true[~own],
+            sites[~own],
+            edges,
+            level=level,
+            least_px=least_px,
+            spread_floor_m=spread_floor_m,
+        )
+        result[str(name)] = measure_coverage(table, mean[own], spread[own], true[own], edges)
+    return result
