@@ -91,7 +91,7 @@ def conformal_quantile(score: NDArray[np.float64], weight: NDArray[np.float64], 
 
 
 def _merged_edges(edges_m: Sequence[float], mean_m: NDArray[np.float64], least_px: int) -> tuple[float, ...]:
-    """The edges left when each class with fewer than `least_px` pixels has joined the class below, the lowest the one above."""
+    """The edges left when each class of too few pixels has joined the class below it, the lowest the one above."""
     edges = list(edges_m)
     counts = np.bincount(class_index(mean_m, edges), minlength=len(edges) + 1).tolist()
     while edges and min(counts) < least_px:
