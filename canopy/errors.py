@@ -30,3 +30,7 @@ class ContractError(CanopyError):
 
 class OutputError(CanopyError):
     """An output folder or file that cannot be written without losing something."""
+
+
+class AreaError(CanopyError):
+    """An area of interest that is empty, unreadable or off the imagery."""

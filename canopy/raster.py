@@ -84,6 +84,16 @@ class Raster:
         return tuple(self._dataset.descriptions)
 
     @property
+    def units(self) -> tuple[str | None, ...]:
+        """Units of the bands."""
+        return tuple(self._dataset.units)
+
+    @property
+    def band_tags(self) -> tuple[dict[str, str], ...]:
+        """Tags of each band, statistics among them."""
+        return tuple(dict(self._dataset.tags(i)) for i in range(1, self.count + 1))
+
+    @property
     def tags(self) -> dict[str, str]:
         """Tags of the file (not of its bands)."""
         return dict(self._dataset.tags())

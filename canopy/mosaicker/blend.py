@@ -34,10 +34,8 @@ def window_weights(layout: Layout) -> NDArray[np.float32]:
     """
     pixels = np.arange(layout.window_px)
     edge = boundary(0, layout.stride_px, layout.overlap_px)
-    whole = weight(
-        pixels, edge, edge + layout.stride_px, layout.feather_px, clamp=lambda v, low, high: np.clip(v, low, high)
-    )
-    return (whole / (2 * layout.feather_px)).astype(np.float32)
+    whole = weight(pixels, edge, edge + layout.stride_px, layout.feather_px, clamp=np.clip)
+    return np.asarray(whole / (2 * layout.feather_px), np.float32)
 
 
 class Blend:
