@@ -1,0 +1,474 @@
+"""A model is a folder: its contract, its weights, its card, and a fixture that proves it computes what it computed.
+
+    model.toml            `Contract`: what the model is, what imagery it takes, what it was trained on, how wrong it is
+    weights.safetensors   the network's parameters and buffers
+    card.md               the same for people
+    fixture.safetensors   `image` in the contract's units, and the `mean_m` and `spread_m` that must come out
+
+Loading is strict: a folder that is not exactly that is refused with one line that names the file and the remedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import shutil
+import tomllib
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import tomli_w
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import canopy
+from canopy.errors import CanopyError, ContractError, OutputError
+from canopy.grid import Layout
+from canopy.model.calibration import CalibrationTable
+from canopy.model.distribution import HeightDistribution
+from canopy.model.network import HeightNetwork, NetworkConfig
+
+CONTRACT, WEIGHTS, CARD, FIXTURE = FILES = ("model.toml", "weights.safetensors", "card.md", "fixture.safetensors")
+
+FIXTURE_TOLERANCE_M = 0.01
+"""How far mean and spread of the fixture may be from the recorded ones.
+
+Why 1 cm: another processor or another release of torch rounds differently, which moves heights by well under 1 mm in
+float32; a wrong, missing or misplaced weight moves them by decimetres. 1 cm is a third of the 1/32 m that maps are
+rounded to.
+"""
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Training(BaseModel):
+    """What the model was trained on, for audits: a scene inside it says nothing about the model's skill."""
+
+    model_config = _FROZEN
+
+    sites: tuple[str, ...]
+    """Names of the acquisition areas."""
+    tile_sets: dict[str, str]
+    """Name of each tile set -> SHA-256 of its index."""
+    recipe_sha256: str
+    """SHA-256 of the resolved training recipe."""
+    footprints_deg: tuple[tuple[float, float, float, float], ...]
+    """Bounding boxes (west, south, east, north) in longitude and latitude, WGS 84."""
+
+    @field_validator("footprints_deg")
+    @classmethod
+    def _on_earth(
+        cls, boxes: tuple[tuple[float, float, float, float], ...]
+    ) -> tuple[tuple[float, float, float, float], ...]:
+        for west, south, east, north in boxes:
+            if not (-180 <= west <= east <= 180 and -90 <= south <= north <= 90):
+                raise ValueError(f"({west}, {south}, {east}, {north}) is not (west, south, east, north) in degrees")
+        return boxes
+
+
+class Contract(BaseModel):
+    """What a model is and what imagery it may be given; stored as `model.toml`."""
+
+    model_config = _FROZEN
+
+    format: Literal[1] = 1
+    """Version of this file's layout."""
+    name: str = Field(min_length=1)
+    version: str = Field(min_length=1)
+    description: str
+    licence: str = Field(min_length=1)
+    """SPDX identifier or name of the licence of the weights."""
+    network: NetworkConfig
+    bands: tuple[str, ...] = Field(min_length=1)
+    """Names of the image's bands in order, for example red, green, blue."""
+    gsd_range_m: tuple[float, float]
+    """Smallest and largest ground sampling distance, metres per pixel."""
+    dtype: Literal["uint8", "uint16", "float32"]
+    """Data type of the imagery."""
+    value_range: tuple[float, float]
+    """Smallest and largest value a usable pixel may have."""
+    mean: tuple[float, ...]
+    """Per band, in the imagery's units: subtracted before the network; also what unusable pixels are filled with."""
+    std: tuple[float, ...]
+    """Per band, in the imagery's units: divided by after that."""
+    window_px: int
+    """Side of the windows the model was trained on and maps with; a multiple of 32."""
+    stride_px: int
+    """Distance between windows when mapping."""
+    training: Training
+    metrics: dict[str, JsonValue] = {}
+    """Scores as nested tables of numbers."""
+    calibration: CalibrationTable | None = None
+    """None: the model's spread has not been calibrated, and its maps say so."""
+    weights_dtype: Literal["float32", "float16"] = "float32"
+    """How the weights are stored; they are computed with in float32 either way."""
+    weights_sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
+    """SHA-256 of the weight file; filled in by `save_model`."""
+    canopy_version: str = ""
+    """Version of canopy that wrote the folder; filled in by `save_model`."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _numbers(cls, table: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for key, value in table.items():
+            if isinstance(value, dict):
+                cls._numbers(value)
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{key} = {value!r} is not a finite number")
+        return table
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        try:
+            Layout(window_px=self.window_px, stride_px=self.stride_px)
+        except CanopyError as error:
+            raise ValueError(str(error)) from error
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != len(self.bands):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {len(self.bands)} bands")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std} has an entry that is not positive")
+        if self.network.in_channels != len(self.bands):
+            raise ValueError(f"network.in_channels is {self.network.in_channels} for {len(self.bands)} bands")
+        for name in ("gsd_range_m", "value_range"):
+            low, high = getattr(self, name)
+            if low >= high:
+                raise ValueError(f"{name} ({low}, {high}) does not ascend")
+        if self.gsd_range_m[0] <= 0:
+            raise ValueError(f"gsd_range_m {self.gsd_range_m} is not positive")
+        return self
+
+    def check_imagery(self, *, band_count: int, dtype: str, gsd_m: float) -> None:
+        """Refuses imagery that the model was not made for.
+
+        Args:
+            band_count: number of bands that would be given to the model.
+            dtype: numpy name of their data type.
+            gsd_m: ground sampling distance in metres per pixel, after any resampling.
+
+        Raises:
+            ContractError: with the value, the contract's limit and what to do.
+        """
+        if band_count != len(self.bands):
+            raise ContractError(
+                f"imagery has {band_count} bands, but {self.name} takes {len(self.bands)} ({', '.join(self.bands)}); "
+                f"choose them in this order with --bands"
+            )
+        if dtype != self.dtype:
+            low, high = self.value_range
+            raise ContractError(
+                f"imagery is {dtype}, but {self.name} takes {self.dtype} from {low:g} to {high:g}; "
+                f"rescale it as the model's training imagery was, or choose another model"
+            )
+        low, high = self.gsd_range_m
+        # A GSD taken from a file's transform carries the rounding of its CRS; one part in a million is no difference.
+        if not low * (1 - 1e-6) <= gsd_m <= high * (1 + 1e-6):
+            raise ContractError(
+                f"GSD {gsd_m:g} m is outside the {low:g} to {high:g} m of {self.name}; "
+                f"resample with --gsd {min(max(gsd_m, low), high):g}, or choose another model"
+            )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HeightModel:
+    """A network with its contract: images in the contract's units in, metres out."""
+
+    contract: Contract
+    network: HeightNetwork
+    """In evaluation mode, on `device`."""
+    device: torch.device
+
+    def predict(
+        self, image_bchw: Tensor | NDArray[Any], valid_bhw: Tensor | NDArray[np.bool_] | None = None
+    ) -> HeightDistribution:
+        """Height distribution of every pixel.
+
+        Normalisation happens on the device, so only the image's own bytes travel there. Unusable pixels are filled with
+        the normalisation mean; the heights there are the network's guess and must be masked by the caller. Autocast
+        around this call applies to the network; the distribution computes in float32.
+
+        On a CPU the result for an image does not depend on its position in the batch or on the other images, bit for
+        bit, as long as the shape of the batch stays the same: kernels are chosen by shape.
+
+        Args:
+            image_bchw: (batch, band, row, col) uint8, uint16 or float in the contract's units; sides multiples of 32 px.
+            valid_bhw: (batch, row, col) bool, True = usable; None: all are.
+
+        Raises:
+            ContractError: wrong number of bands, a side that is not a multiple of 32 px, or a usable pixel that is NaN
+                or outside the contract's value range.
+        """
+        image = torch.as_tensor(image_bchw)
+        assert image.ndim == 4, f"image has {image.ndim} axes, (batch, band, row, col) expected"
+        valid = None if valid_bhw is None else torch.as_tensor(valid_bhw)
+        assert valid is None or (valid.dtype == torch.bool and valid.shape == (image.shape[0], *image.shape[2:])), (
+            f"valid must be bool (batch, row, col) of an image {tuple(image.shape)}"
+        )
+        with torch.inference_mode():
+            self._check_values(image, valid)
+            x_bchw = normalise(image.to(self.device), None if valid is None else valid.to(self.device), self.contract)
+            logits_bnhw = self.network(x_bchw)
+        return HeightDistribution.from_logits(logits_bnhw, self.network.config.bins, self.network.config.normalisation)
+
+    def _check_values(self, image_bchw: Tensor, valid_bhw: Tensor | None) -> None:
+        low, high = self.contract.value_range
+        if not image_bchw.is_floating_point():
+            limits = torch.iinfo(image_bchw.dtype)
+            if low <= limits.min and limits.max <= high:
+                return
+        # float32 holds every uint16; comparison operators are not implemented for uint16 itself
+        values = image_bchw.float()
+        bad = ~((values >= low) & (values <= high))  # NaN is bad too
+        if valid_bhw is not None:
+            bad &= valid_bhw[:, None]
+        if bad.any():
+            raise ContractError(
+                f"a usable pixel has the value {values[bad][0].item():g}, outside the {low:g} to {high:g} of "
+                f"{self.contract.name}; rescale the imagery as the model's training imagery was, or mask the pixel"
+            )
+
+
+def normalise(image_bchw: Tensor, valid_bhw: Tensor | None, contract: Contract) -> Tensor:
+    """(image - mean) / std per band in float32, and 0 (the mean) where not usable; training uses this function too."""
+    mean = torch.tensor(contract.mean, device=image_bchw.device)[:, None, None]
+    std = torch.tensor(contract.std, device=image_bchw.device)[:, None, None]
+    x_bchw = (image_bchw.float() - mean) / std
+    return x_bchw if valid_bhw is None else x_bchw.masked_fill(~valid_bhw[:, None], 0.0)
+
+
+# --- writing -------------------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    folder: Path | str,
+    *,
+    network: HeightNetwork,
+    contract: Contract,
+    card: str,
+    fixture_image: Tensor | NDArray[Any],
+    overwrite: bool = False,
+) -> Path:
+    """Writes a model folder and returns its path.
+
+    Everything is written and read back beside the folder first, so a full disk or a model that cannot be loaded leaves
+    nothing under the final name. With `overwrite` only the four files are replaced, `model.toml` last: a folder caught
+    in between is refused by `load_model`, and other files (logs) stay.
+
+    Args:
+        folder: where; must not exist unless `overwrite`.
+        network: the trained network; its config must be the contract's.
+        contract: its `weights_sha256` and `canopy_version` are filled in.
+        card: text of card.md.
+        fixture_image: (band, row, col) in the contract's units, sides multiples of 32 px; 64 px of real imagery do.
+        overwrite: replace the model that is in `folder`.
+
+    Raises:
+        OutputError: the folder exists, or cannot be written.
+        ContractError: the network is not the contract's, or the fixture image is not what the contract says.
+    """
+    folder = Path(folder)
+    if contract.network != network.config:
+        raise ContractError(f"contract of {contract.name} describes another network; set its network to network.config")
+    image = torch.as_tensor(fixture_image)
+    if str(image.dtype).removeprefix("torch.") != contract.dtype:
+        raise ContractError(f"fixture image is {image.dtype}, but {contract.name} takes {contract.dtype}; convert it")
+    if folder.exists() and not overwrite:
+        raise OutputError(f"{folder} exists; choose another folder, or overwrite it")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; choose another folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONTRACT).is_file():
+        raise OutputError(f"{folder} is not a model folder (no {CONTRACT}); choose another folder")
+    with _staged(folder) as stage:
+        storage = torch.float16 if contract.weights_dtype == "float16" else torch.float32
+        state = {key: _stored(value, storage) for key, value in network.state_dict().items()}
+        save_file(state, stage / WEIGHTS)
+        contract = contract.model_copy(
+            update={"weights_sha256": _sha256(stage / WEIGHTS), "canopy_version": canopy.__version__}
+        )
+        (stage / CONTRACT).write_text(tomli_w.dumps(contract.model_dump(exclude_none=True)), encoding="utf-8")
+        (stage / CARD).write_text(card, encoding="utf-8")
+        # From the stored weights, not from `network`: half-precision storage rounds them.
+        model = _load_unchecked(stage, torch.device("cpu"))
+        heights = model.predict(image[None])
+        expected = {"mean_m": heights.mean_m.clone(), "spread_m": heights.spread_m.clone()}
+        save_file({"image": image[None].contiguous(), **expected}, stage / FIXTURE)
+        load_model(stage)
+    return folder
+
+
+def _stored(value: Tensor, storage: torch.dtype) -> Tensor:
+    value = value.detach().cpu()
+    return (value.to(storage) if value.is_floating_point() else value).contiguous().clone()
+
+
+@contextlib.contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A fresh folder beside `folder` whose four files take their final place when the block ends without an error."""
+    stage = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        if folder.exists():
+            (folder / CONTRACT).unlink(missing_ok=True)
+            for name in (WEIGHTS, CARD, FIXTURE, CONTRACT):
+                (stage / name).replace(folder / name)
+        else:
+            stage.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"model folder {folder} could not be written ({error}); free space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------
+
+
+def find_model(name_or_path: Path | str) -> Path:
+    """The folder of a model given by path, or by name in ./models or in the models folder of the source checkout.
+
+    Raises:
+        ContractError: there is no such model; the message lists the ones there are.
+    """
+    shelves = [Path("models"), Path(canopy.__file__).parents[1] / "models"]
+    for candidate in [Path(name_or_path), *(shelf / name_or_path for shelf in shelves)]:
+        if (candidate / CONTRACT).is_file():
+            return candidate
+    found = sorted({file.parent.name for shelf in shelves for file in shelf.glob(f"*/{CONTRACT}")})
+    raise ContractError(
+        f"no model {str(name_or_path)!r}: neither a folder with a {CONTRACT} nor one of the known models "
+        f"({', '.join(found) or 'none'}); give the path of a model folder"
+    )
+
+
+def read_contract(folder: Path | str) -> Contract:
+    """The contract of a model folder, without reading its weights.
+
+    Raises:
+        ContractError: no such folder, no `model.toml`, not TOML, an unknown or missing key, a wrong value.
+    """
+    folder = Path(folder)
+    path = folder / CONTRACT
+    if not folder.is_dir():
+        raise ContractError(f"model folder {folder} does not exist; `canopy models list` shows the models there are")
+    _require(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        contract = Contract.model_validate(raw)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ContractError(f"{path} is not valid TOML ({error}); restore the file") from error
+    except ValidationError as error:
+        raise ContractError(f"{path}: {_first_problem(error)}; correct it or restore the file") from error
+    # A default that stands in for a forgotten key would change what the network computes without a word.
+    forgotten = sorted(_keys(contract.model_dump(exclude_none=True)) - _keys(raw))
+    if forgotten:
+        raise ContractError(f"{path}: {forgotten[0]} is missing; correct it or restore the file")
+    return contract
+
+
+def load_model(folder: Path | str, device: torch.device | str = "cpu") -> HeightModel:
+    """A model ready to predict, after checking that the folder is complete, unaltered, and computes its fixture.
+
+    Raises:
+        ContractError: anything in the folder is missing, altered or inconsistent; one line with the file and the remedy.
+    """
+    folder = Path(folder)
+    model = _load_unchecked(folder, torch.device(device))
+    _check_fixture(folder / FIXTURE, model)
+    return model
+
+
+def _load_unchecked(folder: Path, device: torch.device) -> HeightModel:
+    contract = read_contract(folder)
+    path = folder / WEIGHTS
+    _require(path)
+    digest = _sha256(path)
+    if digest != contract.weights_sha256:
+        raise ContractError(
+            f"{path} has SHA-256 {digest[:12]}…, but {CONTRACT} says {contract.weights_sha256[:12] or 'nothing'}…: "
+            f"the file was altered or cut short; fetch the model again"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):  # the starting values are replaced; drawing them must leave no trace
+            network = HeightNetwork(contract.network)
+    except CanopyError as error:
+        raise ContractError(f"{folder / CONTRACT}: {error}") from error
+    stored = _read_tensors(path)
+    _check_tensors(path, stored, network.state_dict())
+    network.load_state_dict(stored, strict=True)  # casts half-precision storage to float32
+    return HeightModel(contract=contract, network=network.eval().to(device), device=device)
+
+
+def _check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    remedy = f"the weights are not those of the network in {CONTRACT}; restore both files from one model"
+    for what, names in (("lacks", wanted.keys() - stored.keys()), ("has the unknown", stored.keys() - wanted.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ContractError(f"{path} {what} tensor {min(names)}{more}: {remedy}")
+    for name, tensor in stored.items():
+        if tensor.shape != wanted[name].shape:
+            raise ContractError(
+                f"{path}: tensor {name} has shape {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}: {remedy}"
+            )
+
+
+def _check_fixture(path: Path, model: HeightModel) -> None:
+    _require(path)
+    fixture = _read_tensors(path)
+    if fixture.keys() != {"image", "mean_m", "spread_m"}:
+        raise ContractError(f"{path} holds {sorted(fixture)}, not image, mean_m and spread_m; fetch the model again")
+    # The recorded values are plain float32; TF32 convolutions alone are off by more than the tolerance.
+    with torch.backends.cudnn.flags(allow_tf32=False), torch.autocast(model.device.type, enabled=False):
+        heights = model.predict(fixture["image"])
+        computed = {"mean_m": heights.mean_m.cpu(), "spread_m": heights.spread_m.cpu()}
+    for name, values in computed.items():
+        if fixture[name].shape != values.shape:
+            raise ContractError(f"{path}: {name} has another shape than the image; fetch the model again")
+        off_m = (values - fixture[name]).abs().max().item()
+        if not off_m <= FIXTURE_TOLERANCE_M:
+            raise ContractError(
+                f"{path}: {name} comes out {off_m:.3g} m from the recorded value, more than {FIXTURE_TOLERANCE_M} m: the "
+                f"weights or the libraries do not compute what the model was; fetch the model again, or update timm"
+            )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise ContractError(f"{path} is not a readable safetensors file ({error}); fetch the model again") from error
+
+
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise ContractError(f"{path} is missing; fetch the model again, or point to a complete model folder")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors()
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"])
+    text = {"extra_forbidden": "is not a key of a contract", "missing": "is missing"}.get(first["type"], first["msg"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{where} {text}{more}".strip()
+
+
+def _keys(table: Mapping[str, Any], prefix: str = "") -> set[str]:
+    return {prefix + key for key in table}.union(
+        *(_keys(value, f"{prefix}{key}.") for key, value in table.items() if isinstance(value, dict))
+    )
