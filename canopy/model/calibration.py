@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 from canopy.errors import RecipeError
 from canopy.metrics import CLASS_EDGES_M, IntervalSums, class_index
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 LEAST_PX = 2000
 """A class with fewer calibration pixels than this is merged with a neighbour: neighbouring pixels are alike, and a few
@@ -31,47 +34,76 @@ SPREAD_FLOOR_M = 0.25
 """Spreads below it count as it: on open ground the spread goes to 0 m and a score divided by it to infinity."""
 
 
+class MeasuredCoverage(BaseModel):
+    """What the intervals held on pixels that had no part in making them."""
+
+    model_config = _FROZEN
+
+    how: Literal["other held-out chips", "sites left out in turn"]
+    """Either chips that the table was not fitted on, or each site by a table fitted on the other sites."""
+    sites: tuple[str, ...] = Field(min_length=1)
+    pixels: tuple[NonNegativeInt, ...]
+    """Per class of the table: pixels looked at."""
+    inside: tuple[NonNegativeInt, ...]
+    """Per class of the table: those whose true height the interval held."""
+
+    @property
+    def overall(self) -> float:
+        """Share of true heights held, NaN without pixels."""
+        return sum(self.inside) / sum(self.pixels) if sum(self.pixels) else float("nan")
+
+    @property
+    def by_class(self) -> tuple[float, ...]:
+        """The same per class."""
+        return tuple(i / n if n else float("nan") for i, n in zip(self.inside, self.pixels, strict=True))
+
+
 class CalibrationTable(BaseModel):
     """How many spreads below and above the predicted height the interval reaches, by class of predicted height."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _FROZEN
 
-    level: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
-    """Share of true heights the interval is to hold."""
     edges_m: tuple[float, ...]
-    """Inner edges of the classes of predicted height, increasing; the classes are open at both ends."""
-    lower: tuple[NonNegativeFloat, ...]
+    """Lower edge of each class of predicted height, ascending from 0; the last class has no upper edge."""
+    lower_factor: tuple[NonNegativeFloat, ...]
     """Per class: spreads from the predicted height down to the lower end."""
-    upper: tuple[NonNegativeFloat, ...]
+    upper_factor: tuple[NonNegativeFloat, ...]
     """Per class: spreads from the predicted height up to the upper end."""
-    n: tuple[NonNegativeInt, ...]
+    pixels: tuple[NonNegativeInt, ...]
     """Per class: calibration pixels."""
+    sites: tuple[str, ...] = Field(min_length=1)
+    """Sites of the calibration pixels, each with the same total weight."""
+    nominal: float = Field(default=0.9, gt=0, lt=1)
+    """Share of true heights the interval is made to hold."""
     spread_floor_m: PositiveFloat = SPREAD_FLOOR_M
-    sites: tuple[str, ...]
-    """Sites the table was fitted on, each with the same total weight."""
+    """Spreads below it count as it."""
+    measured: MeasuredCoverage | None = None
+    """None: nothing was held out to measure it on; never in-sample coverage."""
 
     @model_validator(mode="after")
     def _consistent(self) -> CalibrationTable:
-        classes = len(self.edges_m) + 1
-        if {len(self.lower), len(self.upper), len(self.n)} != {classes}:
-            raise ValueError(f"{len(self.edges_m)} edges make {classes} classes; give lower, upper and n for each")
-        if any(a >= b for a, b in zip(self.edges_m, self.edges_m[1:], strict=False)):
-            raise ValueError(f"class edges {self.edges_m} do not increase")
+        for name in ("lower_factor", "upper_factor", "pixels"):
+            if len(getattr(self, name)) != len(self.edges_m):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {len(self.edges_m)} classes of edges_m")
+        if not self.edges_m or self.edges_m[0] != 0 or any(a >= b for a, b in pairwise(self.edges_m)):
+            raise ValueError(f"edges_m {self.edges_m} do not ascend from 0")
+        if self.measured is not None and {len(self.measured.pixels), len(self.measured.inside)} != {len(self.edges_m)}:
+            raise ValueError(f"measured coverage does not have the {len(self.edges_m)} classes of edges_m")
         return self
 
 
 def interval(
     mean_m: ArrayLike, spread_m: ArrayLike, table: CalibrationTable
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The ends (lower_m, upper_m) of the interval, float32, for arrays of any one shape; NaN where the mean is NaN.
+    """The ends (lower_m, upper_m) of the interval, float32, for arrays of any one shape; NaN where mean or spread is.
 
     The lower end is not below 0 m, where no height is, so cutting it there loses no coverage.
     """
     mean = np.asarray(mean_m, dtype=np.float32)
     spread = np.maximum(np.asarray(spread_m, dtype=np.float32), np.float32(table.spread_floor_m))
-    index = class_index(mean, table.edges_m)
-    lower = mean - np.asarray(table.lower, dtype=np.float32)[index] * spread
-    upper = mean + np.asarray(table.upper, dtype=np.float32)[index] * spread
+    index = class_index(mean, table.edges_m[1:])
+    lower = mean - np.asarray(table.lower_factor, dtype=np.float32)[index] * spread
+    upper = mean + np.asarray(table.upper_factor, dtype=np.float32)[index] * spread
     return np.maximum(lower, np.minimum(mean, np.float32(0.0))), upper
 
 
@@ -109,7 +141,7 @@ def fit_calibration(
     site: Sequence[str] | NDArray[np.str_],
     edges: Sequence[float] = CLASS_EDGES_M,
     *,
-    level: float = 0.9,
+    nominal: float = 0.9,
     least_px: int = LEAST_PX,
     spread_floor_m: float = SPREAD_FLOOR_M,
 ) -> CalibrationTable:
@@ -123,7 +155,7 @@ def fit_calibration(
         true_m: true heights, finite.
         site: name of the site of each pixel.
         edges: inner edges of the classes of predicted height in metres; classes with few pixels are merged.
-        level: share of true heights the interval is to hold; each tail gets half the rest.
+        nominal: share of true heights the interval is to hold; each tail gets half the rest.
         least_px: fewest pixels of a class.
         spread_floor_m: spreads below it count as it.
 
@@ -134,7 +166,7 @@ def fit_calibration(
     names, which, counts = np.unique(np.asarray(site), return_inverse=True, return_counts=True)
     assert mean.shape == spread.shape == true.shape == which.shape, "mean, spread, true and site differ in shape"
     assert bool((np.isfinite(mean) & np.isfinite(spread) & np.isfinite(true)).all()), "calibration pixels must be finite"
-    tail = (1 + level) / 2
+    tail = (1 + nominal) / 2
     least_px = max(least_px, int(np.ceil(tail / (1 - tail))))
     if mean.size < least_px:
         raise RecipeError(
@@ -152,11 +184,11 @@ def fit_calibration(
         upper.append(max(conformal_quantile(-scaled[here], weight[here], tail), 0.0))
         n.append(int(here.sum()))
     return CalibrationTable(
-        level=level,
-        edges_m=merged,
-        lower=tuple(lower),
-        upper=tuple(upper),
-        n=tuple(n),
+        nominal=nominal,
+        edges_m=(0.0, *merged),
+        lower_factor=tuple(lower),
+        upper_factor=tuple(upper),
+        pixels=tuple(n),
         spread_floor_m=spread_floor_m,
         sites=tuple(str(name) for name in names),
     )
@@ -202,7 +234,7 @@ def cross_coverage(
     site: Sequence[str] | NDArray[np.str_],
     edges: Sequence[float] = CLASS_EDGES_M,
     *,
-    level: float = 0.9,
+    nominal: float = 0.9,
     least_px: int = LEAST_PX,
     spread_floor_m: float = SPREAD_FLOOR_M,
 ) -> dict[str, Coverage]:
@@ -224,7 +256,7 @@ def cross_coverage(
             true[~own],
             sites[~own],
             edges,
-            level=level,
+            nominal=nominal,
             least_px=least_px,
             spread_floor_m=spread_floor_m,
         )

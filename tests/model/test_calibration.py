@@ -54,14 +54,14 @@ def test_unseen_pixels_are_covered_overall_and_in_every_class(factor):
 
 def test_an_uncorrected_spread_does_not_cover():
     """The negative control: taking the spread at its word, as a normal's, covers far too little here."""
-    word = CalibrationTable(edges_m=(), lower=(1.645,), upper=(1.645,), n=(1,), sites=("none",))
+    word = CalibrationTable(edges_m=(0.0,), lower_factor=(1.645,), upper_factor=(1.645,), pixels=(1,), sites=("none",))
     assert measure_coverage(word, *forest(2, factor=3.0)[:3]).total.coverage < 0.6
 
 
 def test_a_biased_model_gets_a_lopsided_interval_that_covers():
     mean, spread, true, site = forest(3, bias_m=4.0)
     table = fit_calibration(mean, spread, true, site)
-    assert all(u > low for u, low in zip(table.upper, table.lower, strict=True))
+    assert all(u > low for u, low in zip(table.upper_factor, table.lower_factor, strict=True))
     low_tail = measure_coverage(table, *forest(4, bias_m=4.0)[:3]).total
     assert low_tail.n_below / low_tail.n == pytest.approx(0.05, abs=0.01)
     assert low_tail.n_above / low_tail.n == pytest.approx(0.05, abs=0.01)
@@ -72,8 +72,8 @@ def test_every_site_weighs_the_same():
     both = fit_calibration(*joined(small, large), edges=())
     alone = fit_calibration(*large, edges=())
     half = fit_calibration(*joined(forest(5, 80_000, factor=4.0, site="small"), large), edges=())
-    assert both.upper[0] == pytest.approx(half.upper[0], rel=0.05)
-    assert both.upper[0] > 1.5 * alone.upper[0]
+    assert both.upper_factor[0] == pytest.approx(half.upper_factor[0], rel=0.05)
+    assert both.upper_factor[0] > 1.5 * alone.upper_factor[0]
     assert both.sites == ("large", "small")
 
 
@@ -81,11 +81,11 @@ def test_classes_with_few_pixels_are_merged_and_none_are_lost():
     mean, spread, true, site = forest(7, 20_000)
     mean = np.where(mean > 20, 20.0, mean)  # nothing in the class from 30 m up
     table = fit_calibration(mean, spread, true, site, CLASS_EDGES_M, least_px=3000)
-    assert set(table.edges_m) < set(CLASS_EDGES_M)
-    assert sum(table.n) == 20_000
-    assert min(table.n) >= 3000
+    assert set(table.edges_m) < {0.0, *CLASS_EDGES_M}
+    assert sum(table.pixels) == 20_000
+    assert min(table.pixels) >= 3000
     lowest = fit_calibration(mean + 40, spread, true + 40, site, CLASS_EDGES_M, least_px=3000)
-    assert lowest.edges_m == ()
+    assert lowest.edges_m == (0.0,)
 
 
 def test_coverage_of_a_site_never_comes_from_itself():
@@ -108,7 +108,9 @@ def test_too_few_pixels_are_refused_with_the_remedy():
 
 
 def test_interval_holds_the_map_stays_above_ground_and_keeps_nan():
-    table = CalibrationTable(edges_m=(5.0,), lower=(3.0, 1.0), upper=(2.0, 1.5), n=(1, 1), sites=("A",))
+    table = CalibrationTable(
+        edges_m=(0.0, 5.0), lower_factor=(3.0, 1.0), upper_factor=(2.0, 1.5), pixels=(1, 1), sites=("A",)
+    )
     mean, spread = np.array([[0.0, 4.0], [10.0, np.nan]]), np.array([[0.0, 2.0], [4.0, 1.0]])
     lower, upper = interval(mean, spread, table)
     assert lower.dtype == upper.dtype == np.float32
@@ -116,11 +118,15 @@ def test_interval_holds_the_map_stays_above_ground_and_keeps_nan():
     np.testing.assert_allclose(upper, [[0.5, 8.0], [16.0, np.nan]])
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"lower": (1.0,)}, {"edges_m": (5.0, 5.0), "lower": (1,) * 3, "upper": (1,) * 3, "n": (1,) * 3}, {"x": 1}]
-)
+@pytest.mark.parametrize("wrong", [{"lower_factor": (1.0,)}, {"edges_m": (1.0, 5.0)}, {"edges_m": (0.0, 0.0)}, {"x": 1}])
 def test_inconsistent_tables_are_refused(wrong):
-    good = {"edges_m": (5.0,), "lower": (1.0, 1.0), "upper": (1.0, 1.0), "n": (1, 1), "sites": ("A",)}
+    good = {
+        "edges_m": (0.0, 5.0),
+        "lower_factor": (1.0, 1.0),
+        "upper_factor": (1.0, 1.0),
+        "pixels": (1, 1),
+        "sites": ("A",),
+    }
     CalibrationTable(**good)
     with pytest.raises(ValueError, match="validation error"):
         CalibrationTable(**good | wrong)
