@@ -1,0 +1,60 @@
+# `make help` lists what there is. Everything runs in .venv, which the first target that needs it creates.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+
+# The real samples are found by themselves when they lie beside the checkout. `CANOPY_SAMPLES= make test` goes without.
+ifeq ($(origin CANOPY_SAMPLES),undefined)
+SAMPLES := $(shell cd ../shared/data 2>/dev/null && pwd)
+ifneq ($(SAMPLES),)
+export CANOPY_SAMPLES := $(SAMPLES)
+endif
+endif
+
+# More words for pytest, for example `make test PYTEST_ARGS="tests/tiler -x"`.
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed ## the whole pipeline on a scene whose heights are known, into demo/
+	$(VENV)/bin/canopy demo
+
+test: $(VENV)/.installed-dev ## all tests but the benchmarks
+	$(RUN) pytest -m "not bench" $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.installed-dev ## the tests that take under 20 s each
+	$(RUN) pytest -m "not bench and not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff (rules and format) and mypy
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+bench: $(VENV)/.installed-dev ## the benchmarks, with the ratios they measure
+	$(RUN) pytest -m bench -s $(PYTEST_ARGS)
+
+clean: ## remove what the demo, the tests and the tools wrote; .venv, tile sets and training runs stay
+	rm -rf demo build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find canopy tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last thing that venv puts into a new environment: without it the environment is missing or half made.
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "canopy needs Python 3.11 or newer, which $(PYTHON) is not; name one, for example: make PYTHON=python3.12" >&2; exit 1; }
+@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+endef
+
+$(VENV)/.installed: pyproject.toml requirements.lock
+	$(environment)
+	$(RUN) pip install --quiet --disable-pip-version-check -c requirements.lock -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml requirements.lock
+	$(environment)
+	$(RUN) pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	@touch $(VENV)/.installed $@
