@@ -136,7 +136,8 @@ class ChipDataset(Dataset[Sample]):
             image = jitter(image, image_valid, self.augmentation, generator)
             if self.augmentation.dihedral:
                 turns, flip = int(generator.integers(4)), bool(generator.integers(2))
-                image, image_valid, height_m = (dihedral(array, turns, flip) for array in (image, image_valid, height_m))
+                image, image_valid = dihedral(image, turns, flip), dihedral(image_valid, turns, flip)
+                height_m = dihedral(height_m, turns, flip)
         return {
             "image": torch.from_numpy(np.array(image, copy=True)),
             "image_valid": torch.from_numpy(np.array(image_valid, copy=True)),

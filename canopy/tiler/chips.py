@@ -14,11 +14,13 @@ else is in the recipe.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shutil
 import tempfile
 import tomllib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,6 +58,16 @@ height; `gap_days` the days between the two dates, empty when one is unknown; `s
 and quality checks and are NaN and "" until these have run; `sha256` is the digest of the bytes of the image file followed by
 those of the height file; `item` names the image; (`row_px`, `col_px`) is the window's first pixel on the lattice of `crs`.
 """
+
+
+SIMULATED_CRS: Final = "EPSG:32631"
+"""Where grown scenes lie unless the recipe says otherwise: the Gulf of Guinea, where no real chip can be."""
+
+SIMULATED_SEEDS: Final = 10_000
+"""Scenes have places of their own in a square of this many, so that the split parts them as it parts real sites."""
+
+SIMULATED_GAP_M: Final = 1000.0
+"""Least distance between two grown scenes; wider than any buffer."""
 
 
 # --- the recipe ----------------------------------------------------------------------------------------------------------
@@ -111,12 +123,30 @@ class LidarSource(_Imaged):
     kind: Literal["lidar"]
     points: tuple[str, ...] = Field(min_length=1)
     """LAS or LAZ files, or globs."""
-    algorithm: Literal["p2r", "pitfree"] = "p2r"
+    algorithm: str = "p2r"
     options: dict[str, Any] = Field(default_factory=dict)
     """Fields of `canopy.tiler.lidar.LidarOptions`."""
 
 
-Source = Annotated[PairSource | LidarSource, Field(discriminator="kind")]
+class SimulatedSource(_Source):
+    """Forests whose heights are known: grown from seeds, or real canopy height models photographed anew."""
+
+    kind: Literal["simulated"]
+    seeds: tuple[Annotated[int, Field(ge=0, lt=SIMULATED_SEEDS)], ...] = Field(min_length=1)
+    """One scene a seed: trees, terrain, light and season are all drawn from it."""
+    size_m: float | None = Field(default=None, gt=0)
+    """Side of a grown scene."""
+    chm: str | None = None
+    """In place of `size_m`: a canopy height model in metres, or a glob with one `*`; each is photographed once a seed."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.size_m is None) == (self.chm is None):
+            raise ValueError("give either size_m, to grow forests, or chm, to photograph real ones")
+        return self
+
+
+Source = Annotated[PairSource | LidarSource | SimulatedSource, Field(discriminator="kind")]
 
 
 class TileSetRecipe(_Table):
@@ -255,6 +285,10 @@ def _items(recipe: TileSetRecipe, folder: Path) -> Iterator[Item]:
                 yield from _pair_items(source, recipe, folder)
             case LidarSource():
                 yield from _lidar_items(source, recipe, folder)
+            case SimulatedSource(chm=None):
+                yield from _grown_items(source, recipe)
+            case SimulatedSource():
+                yield from _reimaged_items(source, recipe, folder)
 
 
 def _crs(recipe: TileSetRecipe, image: Path) -> CRS:
@@ -277,13 +311,8 @@ def _pair_items(source: PairSource, recipe: TileSetRecipe, folder: Path) -> Iter
         @contextmanager
         def scene(lattice: Lattice, image: Path = images[name], height: Path = heights[name]) -> Iterator[Scene]:
             with open_imagery(image, lattice, recipe.bands) as colours, open_imagery(height, lattice, (1,)) as chm:
-                assert np.dtype(chm.dtype).kind in "fiu", f"{height} holds {chm.dtype}"
-
-                def height_m(box: Box) -> NDArray[np.float32]:
-                    pixels = chm.read(box)
-                    return np.where(pixels.valid, pixels.data[0].astype(np.float32), np.float32(np.nan))
-
-                yield Scene(box=_bounded(colours.box, source, lattice, image), image=colours.read, height_m=height_m)
+                box = _bounded(colours.box, source, lattice, image)
+                yield Scene(box=box, image=colours.read, height_m=lambda part: _heights(chm.read(part)))
 
         yield Item(name=name, source=source, crs=_crs(recipe, images[name]), open=scene)
 
@@ -293,8 +322,9 @@ def _lidar_items(source: LidarSource, recipe: TileSetRecipe, folder: Path) -> It
 
     clouds = sorted({path for text in source.points for path in matches(text, folder).values()})
     try:
-        options = LidarOptions(**source.options)
-    except (TypeError, ValueError) as error:
+        given = source.options | ({"crs": CRS.from_user_input(source.options["crs"])} if "crs" in source.options else {})
+        options = LidarOptions(**given)
+    except (TypeError, ValueError, CRSError) as error:
         raise RecipeError(f"{source.site}: options of the source: {' '.join(str(error).split())}; correct it") from error
     for name, image in matches(source.image, folder).items():
 
@@ -306,6 +336,75 @@ def _lidar_items(source: LidarSource, recipe: TileSetRecipe, folder: Path) -> It
                 yield Scene(box=box, image=colours.read, height_m=lambda part: _window(chm, box, part))
 
         yield Item(name=name, source=source, crs=_crs(recipe, image), open=scene)
+
+
+def _grown_items(source: SimulatedSource, recipe: TileSetRecipe) -> Iterator[Item]:
+    from canopy.simulate import ForestConfig, simulate_scene
+
+    assert source.size_m is not None, "a grown scene has a size"
+    _refuse_bands(source, recipe)
+    side = math.floor(source.size_m / recipe.gsd_m)
+    # Scenes start at a multiple of the stride, so that their windows fill them from the corner, and of the pitch, so that
+    # blocks of this size hold one scene each.
+    pitch = math.ceil((source.size_m + SIMULATED_GAP_M) / recipe.gsd_m / recipe.stride_px) * recipe.stride_px
+    west = round(500_000 / recipe.gsd_m / pitch) * pitch
+    for seed in source.seeds:
+        row, col = divmod(seed, math.isqrt(SIMULATED_SEEDS))
+        box = Box(-(row + 1) * pitch, west + col * pitch, -(row + 1) * pitch + side, west + col * pitch + side)
+
+        @contextmanager
+        def scene(lattice: Lattice, seed: int = seed, box: Box = box) -> Iterator[Scene]:
+            forest = ForestConfig.random(np.random.default_rng(seed))
+            grown = simulate_scene(grid=lattice.grid(box), seed=seed, forest=forest)
+            yield _scene_of(grown.image, grown.height_m, box)
+
+        crs = CRS.from_user_input(recipe.crs or SIMULATED_CRS)
+        yield Item(name=f"seed{seed}", source=source, crs=crs, open=scene)
+
+
+def _reimaged_items(source: SimulatedSource, recipe: TileSetRecipe, folder: Path) -> Iterator[Item]:
+    from canopy.simulate import reimage
+
+    assert source.chm is not None, "a canopy height model to photograph"
+    _refuse_bands(source, recipe)
+    for name, path in matches(source.chm, folder).items():
+        for seed in source.seeds:
+
+            @contextmanager
+            def scene(lattice: Lattice, path: Path = path, name: str = name, seed: int = seed) -> Iterator[Scene]:
+                with open_imagery(path, lattice, (1,)) as chm:
+                    box, height_m = chm.box, _heights(chm.read(chm.box))
+                # The name goes in as well, so that the models of a folder are not all seen in one light.
+                rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+                yield _scene_of(reimage(height_m, gsd_m=lattice.gsd_m, rng=rng), height_m, box)
+
+            yield Item(name=f"{name}-s{seed}", source=source, crs=_crs(recipe, path), open=scene, variant=f"s{seed}")
+
+
+def _refuse_bands(source: SimulatedSource, recipe: TileSetRecipe) -> None:
+    if recipe.bands != (1, 2, 3):
+        raise RecipeError(
+            f"{source.site} is simulated, in red, green and blue; bands must be [1, 2, 3], not {[*recipe.bands]}"
+        )
+
+
+def _scene_of(image: NDArray[np.uint8], height_m: NDArray[np.float32], outer: Box) -> Scene:
+    """A scene held in memory: arrays that cover `outer`; there is imagery wherever a height is known."""
+    known = np.isfinite(height_m)
+
+    def pixels(box: Box) -> Pixels:
+        data, valid = np.zeros((len(image), *box.shape), np.uint8), np.zeros(box.shape, bool)
+        if (part := outer.intersect(box)) is not None:
+            data[(slice(None), *part.slices_in(box))] = image[(slice(None), *part.slices_in(outer))]
+            valid[part.slices_in(box)] = known[part.slices_in(outer)]
+        return Pixels(data=data, valid=valid)
+
+    return Scene(box=outer, image=pixels, height_m=lambda box: _window(height_m, outer, box))
+
+
+def _heights(pixels: Pixels) -> NDArray[np.float32]:
+    """(row, col) float32 of a single band, NaN where invalid."""
+    return np.where(pixels.valid, pixels.data[0].astype(np.float32), np.float32(np.nan))
 
 
 def _bounded(box: Box, source: _Imaged, lattice: Lattice, image: Path) -> Box:
