@@ -23,7 +23,7 @@ from pyproj import CRS
 from canopy.errors import GridError
 
 SNAP_TOLERANCE_PX = 1e-3
-"""A grid whose pixel edges are this close to lattice edges is on the lattice; 1 mm at 1 m is far below any image's accuracy."""
+"""A grid whose edges are this close to lattice edges is on the lattice; 1 mm at 1 m is far below any image's accuracy."""
 
 TOTAL_STRIDE_PX = 32
 """Total stride of the decoder: a window side that is not a multiple would be resized inside the network."""
@@ -101,8 +101,7 @@ class Box:
 
     def slices_in(self, outer: Box) -> tuple[slice, slice]:
         """(row, col) slices of this box in an array that covers `outer`; this box must lie inside it."""
-        assert outer.row0 <= self.row0 and self.row1 <= outer.row1, f"{self} leaves {outer}"
-        assert outer.col0 <= self.col0 and self.col1 <= outer.col1, f"{self} leaves {outer}"
+        assert self.intersect(outer) == self, f"{self} leaves {outer}"
         return (
             slice(self.row0 - outer.row0, self.row1 - outer.row0),
             slice(self.col0 - outer.col0, self.col1 - outer.col0),
@@ -249,7 +248,7 @@ class Lattice:
         return Grid(crs=self.crs, transform=transform, shape=box.shape)
 
     def covering(self, bounds: tuple[float, float, float, float]) -> Box:
-        """The smallest box that contains `bounds` = (left, bottom, right, top) in CRS units, edges within tolerance snapped."""
+        """The smallest box that contains `bounds` = (left, bottom, right, top) in CRS units; near edges are snapped."""
         left, bottom, right, top = (v / self.gsd_m for v in bounds)
         return Box(
             math.floor(-top + SNAP_TOLERANCE_PX),
@@ -287,15 +286,19 @@ def sheets_over(box: Box, sheet_px: int) -> list[Box]:
 
 
 def is_metric(crs: CRS) -> bool:
-    """Whether distances in `crs` are metres on the ground: projected, unit metre, and not web mercator.
+    """Whether distances in `crs` are metres on the ground: projected, unit metre, and not web or another normal Mercator.
 
-    Web mercator's unit is called metre but is 2 m at 60 degrees of latitude, so heights and areas would not match.
+    Their unit is called metre but is 2 m at 60 degrees of latitude, so heights and areas would not match. A compound CRS
+    (with a vertical part) is judged by its horizontal part, a bound one by what is bound.
     """
+    plane = next((part for part in crs.sub_crs_list if part.is_projected), crs)
+    plane = plane.source_crs if plane.is_bound and plane.source_crs else plane
+    operation = plane.coordinate_operation
     return (
-        crs.is_projected
-        and all(math.isclose(axis.unit_conversion_factor, 1.0) for axis in crs.axis_info[:2])
-        and "Popular Visualisation Pseudo-Mercator"
-        not in (crs.coordinate_operation.method_name if crs.coordinate_operation else "")
+        plane.is_projected
+        and all(math.isclose(axis.unit_conversion_factor, 1.0) for axis in plane.axis_info[:2])
+        and operation is not None
+        and not operation.method_name.startswith(("Popular Visualisation Pseudo Mercator", "Mercator"))
     )
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     {"model"},
     {"mosaicker"},
     {"region"},
-    {"score", "analyse", "view"},
+    {"score", "analyse", "view", "demo"},
     {"cli", "__main__"},
 )
 """Parts of the package from the foundation up; a part imports from its own layer and from those before it."""

@@ -186,10 +186,7 @@ def test_gsd_must_be_a_length(gsd_m):
     assert str(gsd_m) in error_line(info)
 
 
-MERCATOR = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="is_metric takes Mercator for metres on the ground"))
-    for name in ("EPSG:3857", "EPSG:3857+5773", "ESRI:102100", "EPSG:3395")
-]
+MERCATOR = ("EPSG:3857", "EPSG:3857+5773", "ESRI:102100", "EPSG:3395")
 
 
 @pytest.mark.parametrize("name", ["EPSG:4326", "EPSG:4978", "EPSG:2994", "EPSG:2994+6360", "EPSG:2227", *MERCATOR])

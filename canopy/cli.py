@@ -1,0 +1,306 @@
+"""The command line: arguments to calls, results to lines or JSON. No logic; heavy modules load inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from canopy.errors import CanopyError
+
+
+class _Commands(TyperGroup):
+    """What a user can cause becomes one line and an exit code: 1 bad input, 130 interrupted. A bug keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CanopyError as error:
+            typer.echo(f"canopy: {error}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("canopy: interrupted; unfinished files were removed", err=True)
+            raise typer.Exit(130) from None
+
+
+class _BuildByDefault(TyperGroup):
+    """`canopy tile RECIPE` is `canopy tile build RECIPE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["build", *args]
+        return list(super().parse_args(ctx, args))
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="rich",
+    help="From an area of interest to a metre-resolution canopy height map that says how wrong it may be.",
+)  # fmt: skip
+tile_app = typer.Typer(cls=_BuildByDefault, no_args_is_help=True, help="Build a tile set from a recipe, or look at one.")
+models_app = typer.Typer(no_args_is_help=True, help="The models at hand.")
+app.add_typer(tile_app, name="tile")
+app.add_typer(models_app, name="models")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")]
+
+
+def main() -> NoReturn:
+    """Entry point; a polite kill (SIGTERM) cleans up as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    app()
+    sys.exit(0)
+
+
+def _interrupt(_signal: int, _frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+# --- commands ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo"),
+    model: Annotated[str, typer.Option(help="Model folder or name.")] = "canopy-sample",
+    *,
+    as_json: Json = False,
+) -> None:
+    """Run the whole pipeline on a simulated forest whose heights are known, then say what to open.
+
+    Example: canopy demo --out demo
+    """
+    from canopy.demo import demo as run_demo
+
+    samples = os.environ.get("CANOPY_SAMPLES")
+    with _progress() as progress:
+        result = run_demo(out, model=model, samples=Path(samples) if samples else None, say=_say, progress=progress)
+    if as_json:
+        _print_json({
+            "map": result.height.summary(), "coverage_90": result.coverage.coverage, "lidar_chm": result.label.summary(),
+            "seconds": result.seconds, "open": [str(p) for p in result.to_open],
+        })  # fmt: skip
+        return
+    typer.echo(f"LiDAR heights against the known ones: MAE {result.label.mae_m:.2f} m, bias {result.label.bias_m:+.2f} m")
+    typer.echo(
+        f"the map against the known heights:     MAE {result.height.mae_m:.2f} m, RMSE {result.height.rmse_m:.2f} m, "
+        f"bias {result.height.bias_m:+.2f} m, R² {result.height.r2:.2f}"
+    )
+    typer.echo(f"its 90 % interval holds the known height in {result.coverage.coverage:.1%} of the pixels")
+    typer.echo(f"done in {result.seconds:.0f} s; open")
+    for path in result.to_open:
+        typer.echo(f"  {path}")
+
+
+@tile_app.command("build")
+def tile_build(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (TOML), for example tiles/autzen.toml.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to make; default: the recipe's name beside it.")] = None,
+    *,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Cut imagery and canopy heights into training chips with an index and a split.
+
+    Example: canopy tile tiles/autzen.toml
+    """
+    from canopy.tiler.chips import build_tile_set, read_index
+
+    def progress(name: str, chips: int) -> None:
+        _say(f"{name}: {chips} chips so far")
+
+    folder = build_tile_set(recipe, out, overwrite=overwrite, progress=progress)
+    splits = read_index(folder)["split"].value_counts().to_dict()
+    if as_json:
+        _print_json({"tile_set": str(folder), "chips": sum(splits.values()), "splits": splits})
+        return
+    typer.echo(f"{folder}: {sum(splits.values())} chips ({', '.join(f'{n} {name}' for name, n in sorted(splits.items()))})")
+
+
+@tile_app.command("inspect")
+def tile_inspect(
+    tile_set: Annotated[Path, typer.Argument(help="Tile set folder.")],
+    png: Annotated[
+        Path | None, typer.Option(help="Contact sheet to write; default: contact_sheet.png in the tile set.")
+    ] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show what a tile set holds: a table, and a contact sheet of images beside their heights.
+
+    Example: canopy tile inspect tiles/autzen
+    """
+    from canopy.tiler.chips import contact_sheet, read_index
+
+    index = read_index(tile_set)
+    sheet = contact_sheet(tile_set, png or tile_set / "contact_sheet.png")
+    table = index.groupby(["site", "split"]).agg(
+        chips=("id", "size"),
+        valid=("valid_fraction", "mean"),
+        mean_m=("height_mean_m", "mean"),
+        p95_m=("height_p95_m", "mean"),
+    )
+    if as_json:
+        _print_json({"tile_set": str(tile_set), "table": table.reset_index().to_dict("records"), "png": str(sheet)})
+        return
+    typer.echo(table.round(2).to_string())
+    typer.echo(f"{sheet}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (TOML), for example models/recipes/sample.toml.")],
+    out: Annotated[Path | None, typer.Option(help="Model folder to write; default: the recipe's name in models/.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder of a stopped run of the same recipe.")] = None,
+    hold_out: Annotated[list[str] | None, typer.Option(help="A site to keep out of training; may be repeated.")] = None,
+    *,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model from tile sets, score it on held-out ground, calibrate it, and write its folder.
+
+    Example: canopy train models/recipes/sample.toml
+    """
+    from canopy.model.train import train as run_training
+
+    folder = run_training(recipe, out=out, resume=resume, hold_out=hold_out or (), overwrite=overwrite)
+    if as_json:
+        _print_json({"model": str(folder)})
+        return
+    typer.echo(f"{folder}: read card.md for its scores")
+
+
+@app.command("map")
+def map_(
+    aoi: Annotated[
+        Path | None, typer.Argument(help="Area of interest (GeoJSON, GeoPackage, GeoParquet); none: the whole image.")
+    ] = None,
+    *,
+    imagery: Annotated[Path, typer.Option(help="Raster file with a CRS.")],
+    out: Annotated[Path, typer.Option(help="Folder for height.tif, error.tif and run.json.")],
+    model: Annotated[str, typer.Option(help="Model folder or name.")] = "canopy-sample",
+    bbox: Annotated[
+        tuple[float, float, float, float] | None, typer.Option(help="Area as west south east north, in degrees.")
+    ] = None,
+    gsd: Annotated[float | None, typer.Option(help="Pixel size of the map in metres; default: the image's own.")] = None,
+    crs: Annotated[
+        str | None, typer.Option(help="Metric CRS of the map; default: the image's own, or its UTM zone.")
+    ] = None,
+    bands: Annotated[str | None, typer.Option(help="Image bands in the model's order, for example 1,2,3.")] = None,
+    sheet_size: Annotated[int | None, typer.Option(help="Side of the working sheets in pixels; changes no pixel.")] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")] = "cpu",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Map canopy height and its error over an area.
+
+    Example: canopy map area.geojson --imagery photo.tif --model models/canopy-sample --out map
+    """
+    from canopy.errors import AreaError
+    from canopy.region import SHEET_PX, map_region
+
+    if aoi is not None and bbox is not None:
+        raise AreaError(f"both an area ({aoi}) and --bbox are given; give one of them")
+    with _progress() as progress:
+        result = map_region(
+            aoi if aoi is not None else bbox, imagery=imagery, model=model, out=out, gsd_m=gsd, crs=crs,
+            bands=_band_list(bands), sheet_px=SHEET_PX if sheet_size is None else sheet_size, device=device,
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    run = json.loads(result.run.read_text())
+    if as_json:
+        _print_json({"height": str(result.height), "error": str(result.error), "run": run})
+        return
+    took = run["time"]
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took["stages_s"].items())
+    typer.echo(f"{result.height}\n{result.error}\n{result.run}")
+    typer.echo(f"{took['wall_s']:.1f} s ({stages}); {took['km2_per_h']:.1f} km²/h, bound by {took['bound_by']}")
+
+
+@models_app.command("list")
+def models_list(*, as_json: Json = False) -> None:
+    """List the models in ./models and in the source checkout.
+
+    Example: canopy models list
+    """
+    from canopy.model.package import known_models, read_contract
+
+    rows = [(folder, read_contract(folder)) for folder in known_models()]
+    if as_json:
+        _print_json([{"folder": str(f), "name": c.name, "version": c.version, "licence": c.licence} for f, c in rows])
+        return
+    for folder, contract in rows:
+        low, high = contract.gsd_range_m
+        typer.echo(f"{contract.name} {contract.version}  {low:g}-{high:g} m  {contract.licence}  {folder}")
+
+
+@models_app.command("show")
+def models_show(model: Annotated[str, typer.Argument(help="Model folder or name.")], *, as_json: Json = False) -> None:
+    """Show a model's card, or with --json its contract.
+
+    Example: canopy models show canopy-sample
+    """
+    from canopy.model.package import CARD, find_model, read_contract
+
+    folder = find_model(model)
+    contract = read_contract(folder)
+    if as_json:
+        _print_json(contract.model_dump(mode="json"))
+        return
+    typer.echo((folder / CARD).read_text())
+
+
+# --- lines and bars ------------------------------------------------------------------------------------------------------
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _band_list(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise CanopyError(f"--bands {text!r} is not a list of numbers; give for example 1,2,3") from None
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; elsewhere a line at most every ten seconds, so that a job's log stays readable."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("windows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("windows", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    last = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 10:
+            last = time.monotonic()
+            _say(f"{done} of {total} windows")
+
+    yield line
+
+
+if __name__ == "__main__":
+    main()

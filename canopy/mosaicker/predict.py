@@ -1,0 +1,175 @@
+"""Predictions over a sheet: imagery in, finished strips of height and spread out, one band of windows in memory.
+
+A thread reads the imagery of the next row of windows while the model works on this one. On a CPU windows go through the
+network one at a time: its kernels round differently at other places of a batch, and a pixel must not depend on which
+windows happened to share its batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from canopy.grid import Box, Layout
+from canopy.model.package import HeightModel
+from canopy.mosaicker.blend import Blend, Strip
+from canopy.raster import Pixels
+from canopy.tiler.imagery import LocalImagery
+
+GPU_BATCH = 8
+"""Windows in one forward pass on an accelerator; a fixed shape, the last batch of a row is filled up."""
+
+
+@dataclass(slots=True)
+class Stages:
+    """Seconds spent in each stage of a run; the one mutable record of it."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    windows: int = 0
+    """Windows that went through the network."""
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to `stage`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """A finished strip and the validity of its imagery."""
+
+    strip: Strip
+    valid: NDArray[np.bool_]
+    """(row, col) True where the imagery is usable; a valid pixel whose height is NaN is one the model abstained from."""
+
+
+def predict_sheet(
+    model: HeightModel,
+    imagery: LocalImagery,
+    layout: Layout,
+    box: Box,
+    *,
+    wanted: Callable[[Box], NDArray[np.bool_]],
+    stages: Stages,
+    advance: Callable[[int], None],
+) -> Iterator[Prediction]:
+    """Heights and spreads of `box`, from the top, in strips.
+
+    Args:
+        model: The model.
+        imagery: Imagery on the lattice; a reader thread of this call is its only user meanwhile.
+        layout: Windows of the model.
+        box: The sheet, in lattice pixels.
+        wanted: (row, col) mask of the pixels that are asked for, for any part of `box`; windows without a wanted valid
+            pixel are not run.
+        stages: Times are added to "read wait", "forward" and "blend".
+        advance: Called with the number of windows done, run or not.
+    """
+    rows = layout.windows_over(box.row0, box.row1)
+    cols = layout.windows_over(box.col0, box.col1)
+    col0, col1 = layout.window_span(cols[0])[0], layout.window_span(cols[-1])[1]
+    blend = Blend(layout, box)
+    batch = 1 if model.device.type == "cpu" else GPU_BATCH
+    band = _Band(imagery, col0, col1)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as reader:
+        ahead: Future[Pixels] = reader.submit(band.read, *layout.window_span(rows[0]))
+        for row in rows:
+            with stages.time("read wait"):
+                pixels = ahead.result()
+            if row != rows[-1]:
+                ahead = reader.submit(band.read, *layout.window_span(row + 1))
+            row0, row1 = layout.window_span(row)
+            strip_box = Box(row0, col0, row1, col1)
+            due = _due(layout, row, cols, box=box, strip_box=strip_box, valid=pixels.valid, wanted=wanted)
+            for start in range(0, len(due), batch):
+                _run(
+                    model, layout, blend, row, due[start : start + batch],
+                    batch=batch, strip_box=strip_box, pixels=pixels, stages=stages,
+                )  # fmt: skip
+            advance(len(cols))
+            with stages.time("blend"):
+                strip = blend.take(layout.support_span(row + 1)[0] if row != rows[-1] else box.row1)
+            if strip is not None:
+                yield Prediction(strip=strip, valid=pixels.valid[strip.box.slices_in(strip_box)])
+
+
+def _due(
+    layout: Layout,
+    row: int,
+    cols: range,
+    *,
+    box: Box,
+    strip_box: Box,
+    valid: NDArray[np.bool_],
+    wanted: Callable[[Box], NDArray[np.bool_]],
+) -> list[int]:
+    """Columns of the windows in this row that have weight on a valid pixel that is wanted."""
+    due = []
+    for col in cols:
+        support = layout.support_box(row, col).intersect(box)
+        assert support is not None, f"window {(row, col)} has no weight in {box}"
+        if (valid[support.slices_in(strip_box)] & wanted(support)).any():
+            due.append(col)
+    return due
+
+
+def _run(
+    model: HeightModel,
+    layout: Layout,
+    blend: Blend,
+    row: int,
+    cols: list[int],
+    *,
+    batch: int,
+    strip_box: Box,
+    pixels: Pixels,
+    stages: Stages,
+) -> None:
+    """Put windows of one row through the network and add them to the blend, in order."""
+    places = [layout.window_box(row, col).slices_in(strip_box) for col in cols]
+    images = np.stack([pixels.data[(slice(None), *place)] for place in places])
+    valids = np.stack([pixels.valid[place] for place in places])
+    if len(cols) < batch:  # keep the batch's shape: the same kernels run for every window
+        images = np.concatenate([images, np.zeros((batch - len(cols), *images.shape[1:]), images.dtype)])
+        valids = np.concatenate([valids, np.zeros((batch - len(cols), *valids.shape[1:]), bool)])
+    with stages.time("forward"):
+        heights = model.predict(torch.from_numpy(images), torch.from_numpy(valids))
+        mean, spread = heights.mean_m.cpu().numpy(), heights.spread_m.cpu().numpy()
+        abstain = heights.abstain.cpu().numpy()
+    with stages.time("blend"):
+        for index, col in enumerate(cols):
+            blend.add(row, col, mean[index], spread[index], valids[index] & ~abstain[index])
+    stages.windows += len(cols)
+
+
+class _Band:
+    """Reads rows of windows from the top; the rows that two of them share are read once."""
+
+    def __init__(self, imagery: LocalImagery, col0: int, col1: int) -> None:
+        self._imagery, self._col0, self._col1 = imagery, col0, col1
+        self._last: tuple[int, Pixels] | None = None
+
+    def read(self, row0: int, row1: int) -> Pixels:
+        if self._last is None:
+            pixels = self._imagery.read(Box(row0, self._col0, row1, self._col1))
+        else:
+            last_row0, last = self._last
+            kept = slice(row0 - last_row0, None)
+            new = self._imagery.read(Box(last_row0 + last.valid.shape[0], self._col0, row1, self._col1))
+            pixels = Pixels(
+                data=np.concatenate([last.data[:, kept], new.data], axis=1),
+                valid=np.concatenate([last.valid[kept], new.valid]),
+            )
+        self._last = (row0, pixels)
+        return pixels

@@ -1,0 +1,433 @@
+"""A region from one image: plan its sheets, run each, publish one map.
+
+What a user sees in the output folder is a finished map or nothing: work happens in a hidden folder beside the results and
+the files take their names last. A sheet reads its own halo and shares nothing with the others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pyproj import CRS
+
+from canopy import __version__
+from canopy.errors import AreaError, ContractError, GridError, OutputError
+from canopy.grid import Box, Lattice, Layout, sheets_over
+from canopy.mosaicker.publish import (
+    BYTES_PER_PIXEL,
+    ERROR_BANDS,
+    HEIGHT_BANDS,
+    StagedSheet,
+    error_bands,
+    quantise,
+    stage_sheet,
+    write_cog,
+)
+from canopy.tiler.imagery import ImageryInfo, inspect, open_imagery
+
+if TYPE_CHECKING:
+    import geopandas
+
+    from canopy.model.package import Contract, HeightModel
+    from canopy.mosaicker.predict import Stages
+
+SHEET_PX = 16_384
+"""Side of a sheet: a region no larger is one sheet. The pixels do not depend on it."""
+
+GSD_SLACK = 0.05
+"""How much coarser than the model's range an image may be and still be resampled into it; a CRS distorts by as much."""
+
+GAUSSIAN_90 = 1.6449
+"""Half-width of the central 90 % of a normal distribution in standard deviations, for models without a calibration."""
+
+_WORK = ".canopy-work"
+_RESULTS = ("height.tif", "error.tif", "run.json")
+
+Progress = Callable[[int, int], None]
+"""Called with (windows done, windows in all)."""
+
+BoundsLonLat = tuple[float, float, float, float]
+"""(west, south, east, north) in degrees."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapResult:
+    """The files of a finished map."""
+
+    height: Path
+    """Height above ground in metres."""
+    error: Path
+    """Half-width, lower and upper end of the 90 % interval in metres."""
+    run: Path
+    """What it was made of and how long it took (JSON)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """Everything that decides the pixels, settled before the first of them is computed."""
+
+    info: ImageryInfo
+    bands: tuple[int, ...] | None
+    lattice: Lattice
+    layout: Layout
+    box: Box
+    sheets: tuple[Box, ...]
+    area: geopandas.GeoSeries | None
+    """The area of interest in the lattice's CRS; None: the whole image."""
+
+
+def map_region(
+    aoi: Path | BoundsLonLat | None = None,
+    *,
+    imagery: Path,
+    model: Path | str,
+    out: Path,
+    gsd_m: float | None = None,
+    crs: CRS | str | None = None,
+    bands: Sequence[int] | None = None,
+    sheet_px: int = SHEET_PX,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MapResult:
+    """Map canopy height and its error over an area.
+
+    Args:
+        aoi: Area of interest: a vector file in any CRS, (west, south, east, north) in degrees, or None for the whole
+            image. Only pixels whose centre lies inside get a value; the model sees the imagery around them all the same.
+        imagery: A raster file with a CRS.
+        model: A model folder, or the name of one.
+        out: Folder for the results; created, and refused when it holds anything, unless `overwrite`.
+        gsd_m: Ground sampling distance of the map in metres; default the image's own.
+        crs: Metric CRS of the map; default the image's own if metric, else the UTM zone of its centre.
+        bands: 1-based image bands in the order of the model's contract; default all that are not alpha.
+        sheet_px: Side of the sheets that the region is cut into; does not change a pixel.
+        device: torch device.
+        overwrite: Replace the results of an earlier run in `out`, once the new ones are whole.
+        progress: Called with (windows done, windows in all).
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        CanopyError: bad input; nothing is left in `out` that was not there before.
+    """
+    from canopy.model.package import find_model, load_model
+
+    started, clock = datetime.now(UTC), time.perf_counter()
+    info = inspect(Path(imagery))
+    height_model = load_model(find_model(model), device=device)
+    loaded_s = time.perf_counter() - clock
+    plan = _plan(aoi, info, height_model.contract, gsd_m=gsd_m, crs=crs, bands=bands, sheet_px=sheet_px)
+    out = Path(out)
+    with _work_folder(out, overwrite=overwrite, need_bytes=BYTES_PER_PIXEL * math.prod(plan.box.shape)) as work:
+        staged, stages, resampled = _run_sheets(plan, height_model, work, progress)
+        tags = _tags(plan, height_model.contract, resampled)
+        with stages.time("publish"):
+            for name, names in (("height.tif", HEIGHT_BANDS), ("error.tif", ERROR_BANDS)):
+                kind = name.removesuffix(".tif")
+                parts = [(sheet.box, getattr(sheet, kind)) for sheet in staged]
+                write_cog(work / name, parts, lattice=plan.lattice, box=plan.box, band_names=names, tags=tags)
+        stages.seconds = {"load model": loaded_s, **stages.seconds}
+        wall_s = time.perf_counter() - clock
+        record = _record(plan, height_model, stages, tags, started=started, wall_s=wall_s)
+        (work / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+        for name in _RESULTS:
+            (work / name).replace(out / name)
+    return MapResult(height=out / "height.tif", error=out / "error.tif", run=out / "run.json")
+
+
+# --- planning ------------------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    aoi: Path | BoundsLonLat | None,
+    info: ImageryInfo,
+    contract: Contract,
+    *,
+    gsd_m: float | None,
+    crs: CRS | str | None,
+    bands: Sequence[int] | None,
+    sheet_px: int,
+) -> _Plan:
+    coarsest = contract.gsd_range_m[1]
+    if info.gsd_m > coarsest * (1 + GSD_SLACK):
+        raise ContractError(
+            f"{info.path} has a GSD of {info.gsd_m:.3g} m, coarser than the {coarsest:g} m of {contract.name}: resampling "
+            f"cannot bring back crowns that it does not show; use finer imagery or another model"
+        )
+    map_gsd_m = info.gsd_m if gsd_m is None else gsd_m
+    contract.check_imagery(band_count=info.band_count if bands is None else len(bands), dtype=info.dtype, gsd_m=map_gsd_m)
+    lattice = Lattice(crs=_crs(crs) if crs is not None else info.metric_crs, gsd_m=map_gsd_m)
+    layout = Layout(window_px=contract.window_px, stride_px=contract.stride_px)
+    with open_imagery(info.path, lattice, bands) as source:
+        image_box = source.box
+    area = _area(aoi, lattice.crs)
+    box = image_box
+    if area is not None:
+        covered = lattice.covering(tuple(area.total_bounds)).intersect(image_box)
+        if covered is None:
+            raise AreaError(
+                f"the area of interest ({_degrees(area)}) lies outside {info.path} "
+                f"(centre {info.centre_lon_deg:.4f}, {info.centre_lat_deg:.4f}); check its CRS and coordinates"
+            )
+        box = covered
+    # A region that fits one sheet is one, wherever the sheet borders are: no window is then computed twice.
+    sheets = (box,) if max(box.shape) <= sheet_px else tuple(sheets_over(box, sheet_px))
+    return _Plan(
+        info=info, bands=tuple(bands) if bands is not None else None, lattice=lattice, layout=layout, box=box,
+        sheets=sheets, area=area,
+    )  # fmt: skip
+
+
+def _crs(text: CRS | str) -> CRS:
+    from pyproj.exceptions import CRSError
+
+    try:
+        return CRS.from_user_input(text)
+    except CRSError as error:
+        raise GridError(f"CRS {text!r} is not known; give for example EPSG:32610") from error
+
+
+def _area(aoi: Path | BoundsLonLat | None, crs: CRS) -> geopandas.GeoSeries | None:
+    """The area of interest as polygons in `crs`."""
+    if aoi is None:
+        return None
+    import geopandas
+    import shapely
+
+    if isinstance(aoi, tuple):
+        west, south, east, north = aoi
+        if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
+            raise AreaError(
+                f"bbox {aoi} is not west < east, south < north in degrees; for example -123.08 44.04 -123.06 44.05"
+            )
+        series = geopandas.GeoSeries([shapely.box(west, south, east, north)], crs="EPSG:4326")
+        # A straight line in degrees is a curve in metres; 100 m is far below any difference that shows in a pixel mask.
+        series = series.segmentize(max((east - west) / 100, 0.001))
+    else:
+        series = _read_area(Path(aoi))
+    polygons = series[~(series.is_empty | series.isna())].explode(ignore_index=True)
+    polygons = polygons[polygons.geom_type == "Polygon"]
+    if polygons.empty:
+        raise AreaError(f"the area of interest {aoi} holds no polygon; give one with at least one polygon")
+    projected = polygons.to_crs(crs)
+    if not np.isfinite(projected.total_bounds).all():
+        raise AreaError(f"the area of interest {aoi} reaches outside the domain of {crs.name!r}; choose another --crs")
+    invalid = ~projected.is_valid
+    if invalid.any():
+        reason = shapely.is_valid_reason(projected[invalid].iloc[0])
+        raise AreaError(f"the area of interest {aoi} has an invalid polygon ({reason}); repair its geometry first")
+    return projected
+
+
+def _read_area(path: Path) -> geopandas.GeoSeries:
+    import geopandas
+    import pyarrow as pa
+    from pyogrio.errors import DataSourceError
+
+    if not path.exists():
+        raise AreaError(f"the area of interest {path} does not exist; check the path")
+    try:
+        frame = geopandas.read_parquet(path) if path.suffix == ".parquet" else geopandas.read_file(path)
+    except (DataSourceError, pa.ArrowInvalid, ValueError) as error:
+        raise AreaError(f"the area of interest {path} cannot be read; give GeoJSON, GeoPackage or GeoParquet") from error
+    series = getattr(frame, "geometry", None) if isinstance(frame, geopandas.GeoDataFrame) else None
+    if series is None:
+        raise AreaError(f"the area of interest {path} holds no geometry; give one with at least one polygon")
+    if series.crs is None:
+        raise AreaError(f"the area of interest {path} has no CRS; assign the right one first")
+    return series
+
+
+def _degrees(area: geopandas.GeoSeries) -> str:
+    west, south, east, north = area.to_crs("EPSG:4326").total_bounds
+    return f"longitude {west:.4f} to {east:.4f}, latitude {south:.4f} to {north:.4f}"
+
+
+def _inside(area: geopandas.GeoSeries | None, lattice: Lattice, box: Box) -> NDArray[np.bool_]:
+    """(row, col) True where the pixel's centre lies in the area."""
+    if area is None:
+        return np.ones(box.shape, bool)
+    from rasterio.features import rasterize
+
+    grid = lattice.grid(box)
+    burnt = rasterize(area, out_shape=box.shape, transform=grid.transform, fill=0, default_value=1, dtype="uint8")
+    return np.asarray(burnt > 0)
+
+
+# --- running -------------------------------------------------------------------------------------------------------------
+
+
+def _run_sheets(
+    plan: _Plan, model: HeightModel, work: Path, progress: Progress | None
+) -> tuple[list[StagedSheet], Stages, str]:
+    from canopy.mosaicker.predict import Stages
+
+    stages = Stages()
+    total = sum(
+        len(plan.layout.windows_over(s.row0, s.row1)) * len(plan.layout.windows_over(s.col0, s.col1)) for s in plan.sheets
+    )
+    done = 0
+
+    def advance(windows: int) -> None:
+        nonlocal done
+        done += windows
+        if progress is not None:
+            progress(done, total)
+
+    staged: list[StagedSheet] = []
+    has_height = False
+    with open_imagery(plan.info.path, plan.lattice, plan.bands) as source:
+        for sheet in plan.sheets:
+            part, found = _run_sheet(plan, sheet, model=model, source=source, work=work, stages=stages, advance=advance)
+            staged.append(part)
+            has_height = has_height or found
+        resampled = source.resampled
+    if not has_height:
+        raise AreaError(f"{plan.info.path} has no valid pixel in the area of interest; choose an area that the image covers")
+    return staged, stages, resampled
+
+
+def _run_sheet(
+    plan: _Plan,
+    sheet: Box,
+    *,
+    model: HeightModel,
+    source: Any,
+    work: Path,
+    stages: Stages,
+    advance: Callable[[int], None],
+) -> tuple[StagedSheet, bool]:
+    """Predict one sheet into its staged files; whether it has any height."""
+    from canopy.model.calibration import interval
+    from canopy.mosaicker.predict import predict_sheet
+
+    table = model.contract.calibration
+    has_height = False
+
+    def wanted(box: Box) -> NDArray[np.bool_]:
+        return _inside(plan.area, plan.lattice, box)
+
+    with stage_sheet(work, plan.lattice, sheet) as (staged, writer):
+        for prediction in predict_sheet(model, source, plan.layout, sheet, wanted=wanted, stages=stages, advance=advance):
+            strip = prediction.strip
+            with stages.time("blend"):
+                keep = prediction.valid & wanted(strip.box)
+                mean = np.where(keep, strip.mean_m, np.float32(np.nan))
+                if table is None:
+                    half_m = np.float32(GAUSSIAN_90) * strip.spread_m
+                    lower, upper = np.maximum(mean - half_m, np.float32(0)), mean + half_m
+                else:
+                    lower, upper = interval(mean, strip.spread_m, table)
+                height = quantise(mean)
+                error = error_bands(lower, upper)
+                has_height = has_height or bool(np.isfinite(height).any())
+            with stages.time("write"):
+                writer.write(strip.box, height, error)
+    return staged, has_height
+
+
+@contextmanager
+def _work_folder(out: Path, *, overwrite: bool, need_bytes: int) -> Any:
+    """A folder for unfinished work inside `out`; afterwards it is gone, and so is `out` when the run made it and failed."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; give a folder")
+    work = out / _WORK
+    others = [p.name for p in out.iterdir() if p.name != _WORK] if out.exists() else []
+    if others and not overwrite:
+        raise OutputError(f"{out} is not empty (it holds {others[0]}); choose another folder or pass --overwrite")
+    created = not out.exists()
+    try:
+        if work.exists():  # a run that was killed; its work cannot be told from that of other settings
+            shutil.rmtree(work)
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"cannot create {work} ({error.strerror}); choose another folder") from error
+    finished = False
+    try:
+        free = shutil.disk_usage(work).free
+        if free < need_bytes:
+            raise OutputError(
+                f"{out} has {free / 1e9:.2f} GB free and the map needs up to {need_bytes / 1e9:.2f} GB while it is made; "
+                f"free disk space or choose another folder"
+            )
+        yield work
+        finished = True
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if created and not finished:
+            shutil.rmtree(out, ignore_errors=True)
+
+
+# --- what the run says about itself ----------------------------------------------------------------------------------------
+
+
+def _tags(plan: _Plan, contract: Contract, resampled: str) -> dict[str, str]:
+    """Tags of both files: what the numbers mean and what they come from. No dates: the same run gives the same bytes."""
+    calibration = contract.calibration
+    if calibration is None:
+        promise = f"uncalibrated: {GAUSSIAN_90:g} times the model's spread, coverage not measured"
+    else:
+        sites = ", ".join(calibration.sites)
+        promise = f"split-conformal by class of predicted height, level {calibration.level:g}, sites {sites}"
+    return {
+        "CANOPY_VERSION": __version__,
+        "CANOPY_MODEL": f"{contract.name} {contract.version}",
+        "CANOPY_MODEL_SHA256": contract.weights_sha256,
+        "CANOPY_CALIBRATION": promise,
+        "CANOPY_IMAGERY": plan.info.path.name,
+        "CANOPY_IMAGERY_RESAMPLING": resampled,
+        "CANOPY_WINDOW_PX": f"{plan.layout.window_px} every {plan.layout.stride_px}",
+    }
+
+
+def _record(
+    plan: _Plan, model: HeightModel, stages: Stages, tags: dict[str, str], *, started: datetime, wall_s: float
+) -> dict[str, Any]:
+    import rasterio
+    import torch
+
+    rows, cols = plan.box.shape
+    area_km2 = rows * cols * plan.lattice.gsd_m**2 / 1e6
+    pixels = rows * cols
+    return {
+        "canopy": __version__,
+        "started": started.isoformat(timespec="seconds"),
+        "imagery": {
+            "path": str(plan.info.path), "gsd_m": plan.info.gsd_m, "dtype": plan.info.dtype, "bands": plan.bands,
+            "crs": plan.info.grid.crs.to_string(), "resampling": tags["CANOPY_IMAGERY_RESAMPLING"],
+        },
+        "model": {
+            "name": model.contract.name, "version": model.contract.version, "weights_sha256": model.contract.weights_sha256,
+            "calibration": tags["CANOPY_CALIBRATION"],
+        },
+        "map": {
+            "crs": plan.lattice.crs.to_string(), "gsd_m": plan.lattice.gsd_m, "shape": [rows, cols],
+            "extent_km2": area_km2, "sheets": len(plan.sheets), "window_px": plan.layout.window_px,
+            "stride_px": plan.layout.stride_px, "windows": stages.windows,
+        },
+        "time": {
+            "wall_s": round(wall_s, 3),
+            "stages_s": {name: round(seconds, 3) for name, seconds in stages.seconds.items()},
+            "bound_by": max(stages.seconds, key=lambda name: stages.seconds[name]),
+            "mpx_per_s": round(pixels / wall_s / 1e6, 4),
+            "km2_per_h": round(area_km2 / wall_s * 3600, 3),
+        },
+        "machine": {
+            "device": str(model.device), "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "torch": torch.__version__, "rasterio": rasterio.__version__, "gdal": rasterio.__gdal_version__,
+        },
+    }  # fmt: skip
