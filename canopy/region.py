@@ -382,7 +382,9 @@ def _tags(plan: _Plan, contract: Contract, resampled: str) -> dict[str, str]:
         promise = f"uncalibrated: {GAUSSIAN_90:g} times the model's spread, coverage not measured"
     else:
         sites = ", ".join(calibration.sites)
-        promise = f"split-conformal by class of predicted height, level {calibration.level:g}, sites {sites}"
+        promise = f"split-conformal by class of predicted height, nominal {calibration.nominal:.0%}, sites {sites}"
+        held = "; ".join(f"{m.overall:.1%} on {m.how} ({', '.join(m.sites)})" for m in calibration.measured)
+        promise += f"; measured coverage {held or 'none: nothing was held out to measure it on'}"
     return {
         "CANOPY_VERSION": __version__,
         "CANOPY_MODEL": f"{contract.name} {contract.version}",

@@ -334,20 +334,28 @@ def _staged(folder: Path) -> Iterator[Path]:
 # --- reading -------------------------------------------------------------------------------------------------------------
 
 
+def _shelves() -> tuple[Path, Path]:
+    return Path("models"), Path(canopy.__file__).parents[1] / "models"
+
+
+def known_models() -> list[Path]:
+    """Folders of the models in ./models and in the models folder of the source checkout, each once, by name."""
+    found = {file.parent.resolve(): file.parent for shelf in _shelves() for file in shelf.glob(f"*/{CONTRACT}")}
+    return sorted(found.values(), key=lambda folder: folder.name)
+
+
 def find_model(name_or_path: Path | str) -> Path:
     """The folder of a model given by path, or by name in ./models or in the models folder of the source checkout.
 
     Raises:
         ContractError: there is no such model; the message lists the ones there are.
     """
-    shelves = [Path("models"), Path(canopy.__file__).parents[1] / "models"]
-    for candidate in [Path(name_or_path), *(shelf / name_or_path for shelf in shelves)]:
+    for candidate in [Path(name_or_path), *(shelf / name_or_path for shelf in _shelves())]:
         if (candidate / CONTRACT).is_file():
             return candidate
-    found = sorted({file.parent.name for shelf in shelves for file in shelf.glob(f"*/{CONTRACT}")})
     raise ContractError(
         f"no model {str(name_or_path)!r}: neither a folder with a {CONTRACT} nor one of the known models "
-        f"({', '.join(found) or 'none'}); give the path of a model folder"
+        f"({', '.join(folder.name for folder in known_models()) or 'none'}); give the path of a model folder"
     )
 
 
