@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pyproj import CRS, Transformer
 from pyproj.exceptions import CRSError
 
@@ -77,6 +77,15 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _ordered(bounds: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    if not (bounds[0] < bounds[2] and bounds[1] < bounds[3]):
+        raise ValueError("must be left, bottom, right, top with left < right and bottom < top")
+    return bounds
+
+
+Bounds = Annotated[tuple[float, float, float, float], AfterValidator(_ordered)]
+
+
 class _Source(_Table):
     site: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Acquisition area; part of every chip's id."""
@@ -96,15 +105,10 @@ class _Source(_Table):
 class _Imaged(_Source):
     image: str
     """A raster, or a glob with one `*`."""
-    bounds_m: tuple[float, float, float, float] | None = None
+    bounds_m: Bounds | None = None
     """(left, bottom, right, top) in the chips' CRS; nothing outside is used."""
-
-    @field_validator("bounds_m")
-    @classmethod
-    def _ordered(cls, bounds: tuple[float, float, float, float] | None) -> tuple[float, float, float, float] | None:
-        if bounds is not None and not (bounds[0] < bounds[2] and bounds[1] < bounds[3]):
-            raise ValueError("must be left, bottom, right, top with left < right and bottom < top")
-        return bounds
+    unlabelled_m: tuple[Bounds, ...] = ()
+    """Rectangles in the chips' CRS whose heights are not canopy, such as bridges and houses; the imagery stays."""
 
 
 class PairSource(_Imaged):
@@ -263,6 +267,8 @@ class Scene:
     """Any box -> (band, row, col) with its validity."""
     height_m: Callable[[Box], NDArray[np.float32]]
     """Any box -> (row, col) float32 metres, NaN unknown."""
+    unlabelled: tuple[Box, ...] = ()
+    """Where the heights are not canopy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,7 +318,12 @@ def _pair_items(source: PairSource, recipe: TileSetRecipe, folder: Path) -> Iter
         def scene(lattice: Lattice, image: Path = images[name], height: Path = heights[name]) -> Iterator[Scene]:
             with open_imagery(image, lattice, recipe.bands) as colours, open_imagery(height, lattice, (1,)) as chm:
                 box = _bounded(colours.box, source, lattice, image)
-                yield Scene(box=box, image=colours.read, height_m=lambda part: _heights(chm.read(part)))
+                yield Scene(
+                    box=box,
+                    image=colours.read,
+                    height_m=lambda part: _heights(chm.read(part)),
+                    unlabelled=_unlabelled(source, lattice),
+                )
 
         yield Item(name=name, source=source, crs=_crs(recipe, images[name]), open=scene)
 
@@ -333,7 +344,12 @@ def _lidar_items(source: LidarSource, recipe: TileSetRecipe, folder: Path) -> It
             with open_imagery(image, lattice, recipe.bands) as colours:
                 box = _bounded(colours.box, source, lattice, image)
                 chm = lidar_to_chm(clouds, lattice.grid(box), source.algorithm, options=options).to_numpy()
-                yield Scene(box=box, image=colours.read, height_m=lambda part: _window(chm, box, part))
+                yield Scene(
+                    box=box,
+                    image=colours.read,
+                    height_m=lambda part: _window(chm, box, part),
+                    unlabelled=_unlabelled(source, lattice),
+                )
 
         yield Item(name=name, source=source, crs=_crs(recipe, image), open=scene)
 
@@ -414,6 +430,10 @@ def _bounded(box: Box, source: _Imaged, lattice: Lattice, image: Path) -> Box:
             f"bounds_m {source.bounds_m} of site {source.site} do not touch {image}; give them in {lattice.crs.name}"
         )
     return inside
+
+
+def _unlabelled(source: _Imaged, lattice: Lattice) -> tuple[Box, ...]:
+    return tuple(lattice.covering(bounds) for bounds in source.unlabelled_m)
 
 
 def _window(height_m: NDArray[np.float32], outer: Box, box: Box) -> NDArray[np.float32]:
@@ -526,6 +546,9 @@ def _cut(item: Item, recipe: TileSetRecipe, folder: Path) -> list[Chip]:
                 pixels = scene.image(box)
                 image = replace(pixels, valid=pixels.valid & usable)
                 height_m = np.where(image.valid, scene.height_m(box), np.float32(np.nan))
+                for masked in scene.unlabelled:
+                    if (part := masked.intersect(box)) is not None:
+                        height_m[part.slices_in(box)] = np.nan
                 known = height_m[np.isfinite(height_m)]
                 if known.size < recipe.min_valid_fraction * height_m.size:
                     continue
