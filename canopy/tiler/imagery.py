@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 from pyproj import CRS, Transformer
+from pyproj.exceptions import ProjError
 
 from canopy.errors import GridError, RasterError
 from canopy.grid import Box, Grid, Lattice, is_metric, utm_crs
@@ -39,7 +40,8 @@ class ImageryInfo:
     """Bands that are not alpha."""
     dtype: str
     gsd_m: float
-    """Ground sampling distance in metres at the image's centre, the coarser of the two axes."""
+    """Ground sampling distance in metres, the coarser of the two axes: in a metric CRS the pixel size as it is, so that the
+    image's own pixels can be lattice pixels; in any other, measured on the ground at the centre."""
     centre_lon_deg: float
     centre_lat_deg: float
 
@@ -60,18 +62,31 @@ def inspect(path: Path) -> ImageryInfo:
         rows, cols = raster.shape
         band_count, dtype = len(raster.data_bands), raster.dtype
     centre = grid.xy(cols / 2, rows / 2)
-    lon, lat = Transformer.from_crs(grid.crs, "EPSG:4326", always_xy=True).transform(*centre)
+    try:
+        to_degrees = Transformer.from_crs(grid.crs, "EPSG:4326", always_xy=True)
+    except ProjError as error:
+        raise RasterError(
+            f"{path} has the CRS {grid.crs.name!r}, which has no known place on Earth; assign the right one first, "
+            f"for example: rio edit-info --crs EPSG:32610 {path.name}"
+        ) from error
+    lon, lat = to_degrees.transform(*centre)
     if not (math.isfinite(lon) and math.isfinite(lat)):
         raise RasterError(f"{path}: the centre {centre} lies outside the domain of {grid.crs.name!r}; assign the right CRS")
+    gsd_m = max(grid.gsd) if is_metric(grid.crs) else _gsd_on_the_ground_m(grid, lon, lat)
+    return ImageryInfo(
+        path=path, grid=grid, band_count=band_count, dtype=dtype, gsd_m=gsd_m, centre_lon_deg=lon, centre_lat_deg=lat
+    )
+
+
+def _gsd_on_the_ground_m(grid: Grid, lon: float, lat: float) -> float:
+    """The coarser side of the pixel at the grid's centre (lon, lat), in metres."""
+    rows, cols = grid.shape
     # A local azimuthal plane measures true metres whatever the unit or distortion of the image's own CRS.
     local = CRS.from_proj4(f"+proj=aeqd +lat_0={lat} +lon_0={lon} +datum=WGS84 +units=m")
     to_local = Transformer.from_crs(grid.crs, local, always_xy=True)
     # The centre, its neighbour one pixel along the row and its neighbour one pixel down the column.
     x, y = to_local.transform(*grid.xy(cols / 2 + np.array([0, 1, 0]), rows / 2 + np.array([0, 0, 1])))
-    gsd_m = max(math.hypot(x[1] - x[0], y[1] - y[0]), math.hypot(x[2] - x[0], y[2] - y[0]))
-    return ImageryInfo(
-        path=path, grid=grid, band_count=band_count, dtype=dtype, gsd_m=gsd_m, centre_lon_deg=lon, centre_lat_deg=lat
-    )
+    return max(math.hypot(x[1] - x[0], y[1] - y[0]), math.hypot(x[2] - x[0], y[2] - y[0]))
 
 
 class LocalImagery:
