@@ -12,7 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -321,8 +321,13 @@ def _run_sheet(
     def wanted(box: Box) -> NDArray[np.bool_]:
         return _inside(plan.area, plan.lattice, box)
 
-    with stage_sheet(work, plan.lattice, sheet) as (staged, writer):
-        for prediction in predict_sheet(model, source, plan.layout, sheet, wanted=wanted, stages=stages, advance=advance):
+    with ExitStack() as stack:
+        staged, writer = stack.enter_context(stage_sheet(work, plan.lattice, sheet))
+        # Closed before the image is: an error while writing must not leave the reader thread on a closed file.
+        predictions = stack.enter_context(
+            closing(predict_sheet(model, source, plan.layout, sheet, wanted=wanted, stages=stages, advance=advance))
+        )
+        for prediction in predictions:
             strip = prediction.strip
             with stages.time("blend"):
                 keep = prediction.valid & wanted(strip.box)
