@@ -266,24 +266,33 @@ def create_raster(
     profile |= options
     rows, cols = grid.shape
     try:
-        with rasterio.Env(**_ENV):
-            with rasterio.open(
-                part, "w", width=cols, height=rows, count=count, dtype=dtype, nodata=nodata,
-                crs=grid.crs.to_wkt(), transform=grid.transform, **profile,
-            ) as dataset:  # fmt: skip
-                for index, name in enumerate(band_names, start=1):
-                    dataset.set_band_description(index, name)
-                for index, unit in enumerate(units, start=1):
-                    dataset.set_band_unit(index, unit)
-                dataset.update_tags(**(tags or {}))
-                yield RasterWriter(dataset)
-            part.replace(path)
+        with rasterio.Env(**_ENV), rasterio.open(
+            part, "w", width=cols, height=rows, count=count, dtype=dtype, nodata=nodata,
+            crs=grid.crs.to_wkt(), transform=grid.transform, **profile,
+        ) as dataset:  # fmt: skip
+            for index, name in enumerate(band_names, start=1):
+                dataset.set_band_description(index, name)
+            for index, unit in enumerate(units, start=1):
+                dataset.set_band_unit(index, unit)
+            dataset.update_tags(**(tags or {}))
+            yield RasterWriter(dataset)
+        _check_closed(path, part)
+        part.replace(path)
     except (RasterioError, OSError) as error:
         raise RasterError(
             f"cannot write {path} ({error.__cause__ or error}); free disk space or choose another folder"
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _check_closed(path: Path, part: Path) -> None:
+    """GDAL writes a file's directory when it closes it, and says nothing when the disk is full by then."""
+    try:
+        with open_raster(part):
+            pass
+    except RasterError as error:
+        raise RasterError(f"cannot write {path} (its end is missing); free disk space or choose another folder") from error
 
 
 def write_raster(
