@@ -143,9 +143,12 @@ def map_region(
         stages.seconds = {"load model": loaded_s, **stages.seconds}
         wall_s = time.perf_counter() - clock
         record = _record(plan, height_model, stages, tags, started=started, wall_s=wall_s)
-        (work / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-        for name in _RESULTS:
-            (work / name).replace(out / name)
+        try:
+            (work / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+            for name in _RESULTS:
+                (work / name).replace(out / name)
+        except OSError as error:
+            raise OutputError(f"cannot write {out} ({error.strerror}); free disk space or choose another folder") from error
     return MapResult(height=out / "height.tif", error=out / "error.tif", run=out / "run.json")
 
 
@@ -347,14 +350,14 @@ def _run_sheet(
 
 @contextmanager
 def _work_folder(out: Path, *, overwrite: bool, need_bytes: int) -> Any:
-    """A folder for unfinished work inside `out`; afterwards it is gone, and so is `out` when the run made it and failed."""
+    """A folder for unfinished work inside `out`; afterwards it is gone, and so are the folders that a failed run made."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; give a folder")
     work = out / _WORK
     others = [p.name for p in out.iterdir() if p.name != _WORK] if out.exists() else []
     if others and not overwrite:
         raise OutputError(f"{out} is not empty (it holds {others[0]}); choose another folder or pass --overwrite")
-    created = not out.exists()
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         if work.exists():  # a run that was killed; its work cannot be told from that of other settings
             shutil.rmtree(work)
@@ -373,8 +376,12 @@ def _work_folder(out: Path, *, overwrite: bool, need_bytes: int) -> Any:
         finished = True
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        if created and not finished:
-            shutil.rmtree(out, ignore_errors=True)
+        if missing and not finished:
+            for name in _RESULTS:
+                (out / name).unlink(missing_ok=True)
+            for folder in missing:  # the folders this run made, innermost first; one that somebody has used since stays
+                if not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 # --- what the run says about itself ----------------------------------------------------------------------------------------

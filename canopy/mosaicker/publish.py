@@ -126,16 +126,16 @@ def write_cog(
         OutputError: the disk is full, or the file does not pass `check_cog`.
     """
     vrt, part = out.with_name(f".{out.name}.vrt"), out.with_name(f".{out.name}.part.tif")
-    vrt.write_bytes(_vrt(parts, lattice.grid(box), box, band_names, tags))
     try:
         try:
+            vrt.write_bytes(_vrt(parts, lattice.grid(box), box, band_names, tags))
             with rasterio.Env(GDAL_NUM_THREADS="ALL_CPUS"):
                 rasterio.shutil.copy(
                     vrt, part, driver="COG", COMPRESS="DEFLATE", PREDICTOR="FLOATING_POINT", BLOCKSIZE=BLOCK_PX,
                     OVERVIEW_RESAMPLING="AVERAGE", BIGTIFF="IF_SAFER", STATISTICS="YES",
                 )  # fmt: skip
             check_cog(part, lattice.grid(box), band_names)
-        except (RasterioError, RasterError) as error:
+        except (RasterioError, RasterError, OSError) as error:
             reason = error.__cause__ or error
             raise OutputError(f"cannot write {out} ({reason}); free disk space or choose another folder") from error
         part.replace(out)
