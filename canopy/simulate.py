@@ -164,7 +164,7 @@ class ForestConfig(BaseModel):
         """A forest and conditions of its own, for training sites that differ."""
         low_m = float(rng.uniform(3, 20))
         return cls(
-            cover=float(rng.beta(2.0, 1.2)),
+            cover=float(rng.beta(2.2, 0.8)),
             stand_size_m=float(rng.uniform(90, 400)),
             gaps=float(rng.uniform(0.02, 0.3)),
             conifer_share=float(rng.beta(0.7, 0.7)),
@@ -172,7 +172,7 @@ class ForestConfig(BaseModel):
             stand_height_high_m=low_m + float(rng.uniform(4, 28)),
             spread=float(rng.uniform(0.08, 0.28)),
             crown_width=float(rng.uniform(0.8, 1.3)),
-            spacing=float(rng.choice([rng.uniform(0.58, 0.8), rng.uniform(0.8, 1.7)], p=[0.7, 0.3])),
+            spacing=float(rng.choice([rng.uniform(0.58, 0.8), rng.uniform(0.8, 1.5)], p=[0.75, 0.25])),
             lone_trees_per_ha=float(rng.exponential(4.0)),
             shrub_cover=float(rng.beta(1, 8)),
             crown_relief=float(rng.uniform(0.7, 1.4)),
@@ -186,8 +186,8 @@ class ForestConfig(BaseModel):
 
 
 def _scaled(rgb: tuple[float, float, float], rng: np.random.Generator, sigma: float) -> tuple[float, float, float]:
-    """A colour brighter or darker as a whole by `sigma` (log), each band by half of that on its own."""
-    factor = np.exp(rng.normal(0, sigma) + rng.normal(0, sigma / 2, 3))
+    """A colour brighter or darker as a whole by `sigma` (log), each band by a quarter of that on its own."""
+    factor = np.exp(rng.normal(0, sigma) + rng.normal(0, sigma / 4, 3))
     red, green, blue = (np.asarray(rgb) * factor).tolist()
     return red, green, blue
 
@@ -565,7 +565,7 @@ def _shrub_stems(config: ForestConfig, frame: _Frame, rng: np.random.Generator) 
 
 
 BROADLEAF = ((0.060, 0.100, 0.030), (0.048, 0.085, 0.033), (0.085, 0.120, 0.036), (0.066, 0.092, 0.045))
-CONIFER = ((0.034, 0.056, 0.030), (0.045, 0.064, 0.030), (0.040, 0.062, 0.042), (0.062, 0.074, 0.034))
+CONIFER = ((0.034, 0.056, 0.030), (0.045, 0.064, 0.030), (0.038, 0.060, 0.037), (0.062, 0.074, 0.034))
 AUTUMN = ((0.200, 0.155, 0.030), (0.190, 0.090, 0.030), (0.150, 0.060, 0.030), (0.120, 0.090, 0.040))
 SNAG = (0.145, 0.130, 0.115)
 """Reflectances of the leaves of a few species of each kind, and of a dead crown."""
@@ -957,7 +957,7 @@ def _expose(
     margin = frame.margin_px // oversample
     keep = slice(margin, rows - margin), slice(margin, cols - margin)
     signal = np.empty((3, rows - 2 * margin, cols - 2 * margin), np.float32)
-    airlight = np.array([0.0050, 0.0068, 0.0100]) * (1 + 5 * conditions.haze)
+    airlight = np.array([0.0050, 0.0068, 0.0100]) * (1 + 4 * conditions.haze)
     white = np.array([1 + conditions.warmth, 1.0, 1 - conditions.warmth])
     for b in range(3):
         pixel = radiance[b].reshape(rows, oversample, cols, oversample).mean((1, 3))
