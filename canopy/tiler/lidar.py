@@ -366,7 +366,7 @@ class _Scene:
             noise = _low_noise(place[0], options.ground_cell_m)
             facts["cells_low_noise"] = int(np.count_nonzero(noise))
             place[0][noise] = np.nan
-            known = _morphological_ground(place[0], options)
+            known = _morphological_ground(place[0] - _plane(place[0]), options)
             place[:, ~known] = np.nan
         facts["ground_cells"] = int(np.count_nonzero(known))
         z_m = _centred(place)
@@ -414,7 +414,7 @@ def _metres_per_unit(crs: CRS) -> float:
     """Metres per unit of x and y of a grid, refusing those whose units are not lengths on the ground."""
     crs = _unbound(crs)
     operation = crs.coordinate_operation
-    if not crs.is_projected or (operation and "Pseudo-Mercator" in operation.method_name):
+    if not crs.is_projected or (operation and "Pseudo" in operation.method_name):
         raise LidarError(
             f"grid CRS {crs.name!r} has no true lengths; heights and cells need a projected one, for example a UTM zone"
         )
@@ -611,15 +611,28 @@ def _morphological_ground(z_m: Floats, options: LidarOptions) -> NDArray[np.bool
     return ground
 
 
+def _plane(z_m: Floats) -> Floats:
+    """The plane through the known cells by least squares, at all cells."""
+    rows, cols = np.nonzero(np.isfinite(z_m))
+    middle = rows.mean(), cols.mean()
+    steps = np.column_stack([np.ones(rows.size), rows - middle[0], cols - middle[1]])
+    # By the normal equations; a single row or column of cells leaves one slope open, which `pinv` sets to 0.
+    level, per_row, per_col = np.linalg.pinv(steps.T @ steps) @ (steps.T @ z_m[rows, cols])
+    return np.asarray(
+        level + per_row * (np.arange(z_m.shape[0]) - middle[0])[:, None] + per_col * (np.arange(z_m.shape[1]) - middle[1])
+    )
+
+
 def _centred(place: Floats) -> Floats:
     """Elevations at all cell centres from (z_m, column offset, row offset) of one return per cell, NaN where there is none.
 
     The slope comes from a first surface smoothed over about five cells; without it a lowest return, which lies at the
     lower edge of its cell, would pull steep ground down by half a cell times the slope.
     """
-    first = ndimage.gaussian_filter(_membrane(place[0]), 2.0, mode="nearest")
-    rise_row, rise_col = np.gradient(first) if min(first.shape) > 1 else np.zeros((2, *first.shape))
-    return _membrane(place[0] - rise_col * place[1] - rise_row * place[2])
+    plane = _plane(place[0])  # where the ground ends on a slope a membrane sags; what the plane leaves over does not
+    first = ndimage.gaussian_filter(_membrane(place[0] - plane), 2.0, mode="nearest") + plane
+    rise_row, rise_col = np.gradient(first)
+    return _membrane(place[0] - rise_col * place[1] - rise_row * place[2] - plane) + plane
 
 
 def _membrane(z_m: Floats, sweeps: int = 24) -> Floats:
