@@ -1,0 +1,430 @@
+"""Tile sets: chips on the lattice, validity kept, deterministic, whole or absent."""
+
+import hashlib
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+from affine import Affine
+from hypothesis import given
+from hypothesis import strategies as st
+from pyproj import CRS
+from shapely.geometry import box as rectangle
+
+from canopy.errors import CanopyError, OutputError, RecipeError
+from canopy.grid import Grid, Lattice
+from canopy.raster import read_raster, write_raster
+from canopy.tiler import chips
+from canopy.tiler.chips import (
+    COLUMNS,
+    build_tile_set,
+    chip_starts,
+    contact_sheet,
+    load_recipe,
+    read_chip,
+    read_index,
+    tile_set_hash,
+)
+
+UTM = CRS.from_epsg(32617)
+RECIPES = Path(__file__).parents[2] / "tiles"
+HEAD = """
+name = "set"
+gsd_m = 0.5
+chip_px = 64
+stride_px = 32
+min_valid_fraction = {least}
+{crs}
+[split]
+seed = 1
+block_m = 100.0
+buffer_m = 5.0
+train = 0.6
+val = 0.2
+test = 0.2
+"""
+PAIR = """
+[[source]]
+kind = "pair"
+site = "WOOD"
+image = "data/*_rgb.tif"
+height = "data/*_chm.tif"
+licence = "CC0-1.0"
+image_source = "drawn"
+lidar_source = "drawn"
+"""
+
+
+def pair(folder, name, *, left, top, shape, seed=0, gsd_m=0.5, valid=None):
+    """An image and heights of one place; heights are 10 m where the image is green, so that a shift between them shows."""
+    rng = np.random.default_rng(seed)
+    trees = rng.random(shape) < 0.3
+    image = rng.integers(0, 120, (3, *shape), np.uint8)
+    image[1, trees] = 200
+    height_m = np.where(trees, np.float32(10), np.float32(0))
+    height_m[0, 0] = np.nan
+    grid = Grid(crs=UTM, transform=Affine(gsd_m, 0, left, 0, -gsd_m, top), shape=shape)
+    (folder / "data").mkdir(exist_ok=True)
+    write_raster(folder / "data" / f"{name}_rgb.tif", image, grid=grid, valid=valid)
+    write_raster(folder / "data" / f"{name}_chm.tif", height_m[None], grid=grid, nodata=np.nan)
+    return image, height_m
+
+
+def recipe(folder, source=PAIR, least=0.1, crs="", **changes):
+    text = HEAD.format(least=least, crs=crs)
+    for key, value in changes.items():
+        text = text.replace(f"{key} = ", f"{key} = {value} #")
+    path = folder / "set.toml"
+    path.write_text(text + source)
+    return path
+
+
+@pytest.fixture
+def wood(tmp_path):
+    """A large image whose corner is off the stride and a small plot, 30 x 20 px."""
+    large = pair(tmp_path, "large", left=400_003.5, top=4_000_001.0, shape=(150, 170))
+    small = pair(tmp_path, "small", left=401_000.0, top=4_000_100.0, shape=(30, 20), seed=1)
+    return tmp_path, {"large": large, "small": small}
+
+
+def test_chips_hold_the_pixels_of_their_place(wood):
+    folder, truth = wood
+    tile_set = build_tile_set(recipe(folder))
+    assert tile_set == folder / "set"
+    index = read_index(tile_set)
+    assert tuple(index.columns) == COLUMNS
+    assert list(index["id"]) == sorted(index["id"])
+    assert set(index["item"]) == {"large", "small"}
+    corners = {"large": (-8_000_002, 800_007), "small": (-8_000_200, 802_000)}
+    for row in index.itertuples():
+        image, height_m = read_chip(tile_set, row.id)
+        pixels, heights = truth[row.item]
+        assert image.data.shape == (3, 64, 64)
+        assert image.data.dtype == np.uint8
+        assert row.id == f"WOOD_r{row.row_px}_c{row.col_px}"
+        # The same window by padding the whole image, a second way to find the pixels.
+        top, left = row.row_px - corners[row.item][0] + 64, row.col_px - corners[row.item][1] + 64
+        window = (slice(top, top + 64), slice(left, left + 64))
+        around = ((64, 64), (64, 64))
+        np.testing.assert_array_equal(image.data, np.pad(pixels, ((0, 0), *around))[:, *window])
+        np.testing.assert_array_equal(height_m, np.pad(heights, around, constant_values=np.nan)[window])
+        np.testing.assert_array_equal(image.valid, np.pad(np.ones(heights.shape, bool), around)[window])
+
+
+def test_the_index_says_what_the_files_hold(wood):
+    folder, _ = wood
+    source = PAIR.replace('site = "WOOD"', 'site = "WOOD"\nimage_date = 2021-07-01\nlidar_date = 2021-06-21')
+    tile_set = build_tile_set(recipe(folder, source))
+    index = read_index(tile_set)
+    assert index.crs == CRS.from_epsg(4326)
+    for row in index.itertuples():
+        files = [tile_set / kind / f"{row.id}.tif" for kind in ("image", "height")]
+        assert row.sha256 == hashlib.sha256(files[0].read_bytes() + files[1].read_bytes()).hexdigest()
+        _, grid = read_raster(files[1])
+        _, height_m = read_chip(tile_set, row.id)
+        known = height_m[np.isfinite(height_m)]
+        assert row.valid_fraction == known.size / 64**2
+        assert row.height_mean_m == pytest.approx(known.mean(), rel=1e-6)
+        assert row.height_p95_m == pytest.approx(np.percentile(known, 95))
+        assert Lattice(crs=UTM, gsd_m=0.5).box_of(grid).row0 == row.row_px
+        assert (row.site, row.licence, row.image_source, row.flags) == ("WOOD", "CC0-1.0", "drawn", "")
+        assert (row.image_date, row.lidar_date, row.gap_days) == (date(2021, 7, 1), date(2021, 6, 21), 10)
+        assert np.isnan([row.shift_x_m, row.shift_y_m, row.shift_score]).all()
+        assert row.split in ("train", "val", "test", "buffer")
+    plot = index[index["item"] == "small"].to_crs(UTM).geometry.iloc[0]
+    assert plot.symmetric_difference(rectangle(401_000, 4_000_085, 401_010, 4_000_100)).area < 0.01  # not the padding
+
+
+def test_small_plots_are_centred_and_never_stretched(wood):
+    folder, _ = wood
+    tile_set = build_tile_set(recipe(folder))
+    index = read_index(tile_set)
+    (plot,) = index[index["item"] == "small"]["id"]
+    image, _ = read_chip(tile_set, plot)
+    rows, cols = np.nonzero(image.valid)
+    assert (rows.min(), rows.max(), cols.min(), cols.max()) == (17, 46, 22, 41)
+    assert image.valid.sum() == 30 * 20
+
+
+def test_black_pixels_are_kept_and_hidden_ones_are_not(tmp_path):
+    hidden = np.ones((64, 64), bool)
+    hidden[10:20] = False
+    image, heights = pair(tmp_path, "a", left=400_000.0, top=4_000_000.0, shape=(64, 64), valid=hidden)
+    image[:, 5, 5] = 0
+    grid = Grid(crs=UTM, transform=Affine(0.5, 0, 400_000, 0, -0.5, 4_000_000), shape=(64, 64))
+    write_raster(tmp_path / "data" / "a_rgb.tif", image, grid=grid, valid=hidden)
+    tile_set = build_tile_set(recipe(tmp_path))
+    (chip,) = read_index(tile_set)["id"]
+    read, height_m = read_chip(tile_set, chip)
+    np.testing.assert_array_equal(read.valid, hidden)
+    assert read.valid[5, 5]
+    assert height_m[5, 5] == heights[5, 5]
+    assert np.isnan(height_m[~hidden]).all()
+
+
+def test_a_rebuild_is_identical_and_another_source_changes_nothing_of_the_others(wood, tmp_path_factory):
+    folder, _ = wood
+    first = read_index(build_tile_set(recipe(folder)))
+    digest = tile_set_hash(folder / "set")
+    again = folder / "again"
+    assert build_tile_set(folder / "set.toml", again) == again
+    assert tile_set_hash(again) == digest
+    assert (again / "index.parquet").read_bytes() == (folder / "set" / "index.parquet").read_bytes()
+    pair(folder, "third", left=410_000.0, top=4_000_000.0, shape=(64, 64), seed=2)
+    more = read_index(build_tile_set(folder / "set.toml", overwrite=True))
+    assert len(more) == len(first) + 1
+    assert tile_set_hash(folder / "set") != digest
+    kept = more[more["item"] != "third"].reset_index(drop=True)
+    assert kept.drop(columns="geometry").equals(first.drop(columns="geometry"))
+
+
+def test_the_hash_follows_the_split(wood):
+    folder, _ = wood
+    build_tile_set(recipe(folder))
+    digest = tile_set_hash(folder / "set")
+    build_tile_set(recipe(folder, train=0.0, test=0.8), overwrite=True)
+    assert tile_set_hash(folder / "set") != digest
+
+
+def test_an_existing_folder_is_kept_and_a_failed_build_leaves_nothing(wood, monkeypatch):
+    folder, _ = wood
+    path = recipe(folder)
+    build_tile_set(path)
+    digest = tile_set_hash(folder / "set")
+    with pytest.raises(OutputError, match="--overwrite"):
+        build_tile_set(path)
+
+    def disk_full(*args, **kwargs):
+        raise CanopyError("disk full")
+
+    before = sorted(p.name for p in folder.iterdir())
+    monkeypatch.setattr(chips, "_index", disk_full)
+    with pytest.raises(CanopyError, match="disk full"):
+        build_tile_set(path, overwrite=True)
+    with pytest.raises(CanopyError, match="disk full"):
+        build_tile_set(path, folder / "other")
+    assert sorted(p.name for p in folder.iterdir()) == before
+    assert tile_set_hash(folder / "set") == digest
+
+
+def test_windows_with_few_heights_give_no_chip(wood):
+    folder, _ = wood
+    index = read_index(build_tile_set(recipe(folder, least=0.9)))
+    assert (index["valid_fraction"] >= 0.9).all()
+    assert "small" not in set(index["item"])
+    small = PAIR.replace("data/*", "data/small")
+    with pytest.raises(RecipeError, match="min_valid_fraction"):
+        build_tile_set(recipe(folder, small, least=0.9), folder / "none")
+
+
+def test_bounds_and_unlabelled_areas(wood):
+    folder, _ = wood
+    bounds = (
+        "bounds_m = [400010.0, 3999930.0, 400080.0, 3999995.0]\nunlabelled_m = [[400030.0, 3999950.0, 400040.0, 3999960.0]]"
+    )
+    source = PAIR.replace("data/*", "data/large").replace('site = "WOOD"', f'site = "WOOD"\n{bounds}')
+    index = read_index(build_tile_set(recipe(folder, source)))
+    lattice = Lattice(crs=UTM, gsd_m=0.5)
+    inside = lattice.covering((400_010.0, 3_999_930.0, 400_080.0, 3_999_995.0))
+    masked = lattice.covering((400_030.0, 3_999_950.0, 400_040.0, 3_999_960.0))
+    seen = 0
+    for row in index.itertuples():
+        image, height_m = read_chip(folder / "set", row.id)
+        y, x = np.indices((64, 64)) + np.array([row.row_px, row.col_px])[:, None, None]
+        outside = (y < inside.row0) | (y >= inside.row1) | (x < inside.col0) | (x >= inside.col1)
+        bridge = (y >= masked.row0) & (y < masked.row1) & (x >= masked.col0) & (x < masked.col1)
+        assert not image.valid[outside].any()
+        assert np.isnan(height_m[bridge | outside]).all()
+        assert image.valid[bridge & ~outside].all()
+        seen += int(bridge.sum())
+    assert seen
+
+
+def test_heights_on_another_grid_are_resampled(tmp_path):
+    """A 1 m model under a 0.5 m image: a plane stays the same plane."""
+    pair(tmp_path, "a", left=400_000.0, top=4_000_000.0, shape=(64, 64))
+    rows, cols = np.indices((40, 40), dtype=np.float32)
+    plane = (10 + 0.2 * cols + 0.1 * rows).astype(np.float32)
+    grid = Grid(crs=UTM, transform=Affine(1, 0, 399_996, 0, -1, 4_000_004), shape=(40, 40))
+    write_raster(tmp_path / "data" / "a_chm.tif", plane[None], grid=grid, nodata=np.nan)
+    tile_set = build_tile_set(recipe(tmp_path))
+    (chip,) = read_index(tile_set)["id"]
+    _, height_m = read_chip(tile_set, chip)
+    rows, cols = np.indices((64, 64))
+    expected = 10 + 0.2 * ((cols + 0.5) / 2 + 4 - 0.5) + 0.1 * ((rows + 0.5) / 2 + 4 - 0.5)
+    np.testing.assert_allclose(height_m, expected, atol=1e-3)
+
+
+@given(st.integers(-5000, 5000), st.integers(1, 400), st.sampled_from([32, 64, 96]), st.integers(1, 96))
+def test_windows_cover_an_image_and_depend_on_the_lattice_only(start, size, chip_px, stride_px):
+    stride_px = min(stride_px, chip_px)
+    starts = chip_starts(start, start + size, chip_px, stride_px)
+    covered = set().union(*(range(s, s + chip_px) for s in starts))
+    assert covered.issuperset(range(start, start + size))
+    assert all(s < start + size and s + chip_px > start for s in starts)
+    if size > chip_px:
+        assert all(s % stride_px == 0 for s in starts)
+        beyond = (starts[0] - stride_px + chip_px <= start, starts[-1] + stride_px >= start + size)
+        assert all(beyond)  # no window that touches the image is left out
+    else:
+        assert len(starts) == 1
+        assert abs((start - starts[0]) - (starts[0] + chip_px - start - size)) <= 1
+
+
+def test_two_images_of_one_place_need_two_sites(wood):
+    folder, _ = wood
+    pair(folder, "same", left=401_000.0, top=4_000_100.0, shape=(30, 20), seed=3)
+    with pytest.raises(RecipeError, match=r"(same and small|small and same) both give chip"):
+        build_tile_set(recipe(folder))
+    assert not (folder / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (HEAD.format(least=0.1, crs="colour = 3") + PAIR, "unknown key 'colour'"),
+        (HEAD.format(least=0.1, crs="") + PAIR + "halo = 3\n", "unknown key 'source.0.halo'"),
+        (HEAD.format(least=0.1, crs="") + PAIR.replace("licence", "license"), "licence"),
+        (HEAD.format(least=2, crs="") + PAIR, "min_valid_fraction"),
+        (HEAD.format(least=0.1, crs='crs = "EPSG:1"') + PAIR, "EPSG:1"),
+        (HEAD.format(least=0.1, crs="").replace("stride_px = 32", "stride_px = 65") + PAIR, "65"),
+        (HEAD.format(least=0.1, crs="") + PAIR.replace('"pair"', '"pear"'), "source.0"),
+        (HEAD.format(least=0.1, crs="") + PAIR + "bounds_m = [1, 2, 0, 3]\n", "left < right"),
+        ("name = ", "no TOML"),
+    ],
+)
+def test_a_wrong_recipe_gets_one_line_that_names_the_key(tmp_path, text, named):
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=named) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_variables_are_named(tmp_path, monkeypatch):
+    with pytest.raises(RecipeError, match=r"nowhere\.toml does not exist"):
+        build_tile_set(tmp_path / "nowhere.toml")
+    with pytest.raises(RecipeError, match="matches no file"):
+        build_tile_set(recipe(tmp_path))
+    monkeypatch.delenv("CANOPY_SAMPLES", raising=False)
+    with pytest.raises(RecipeError, match="CANOPY_SAMPLES, which is not set; export"):
+        build_tile_set(recipe(tmp_path, PAIR.replace("data/", "${CANOPY_SAMPLES}/")))
+    pair(tmp_path, "a", left=400_000.0, top=4_000_000.0, shape=(64, 64))
+    (tmp_path / "data" / "a_chm.tif").rename(tmp_path / "data" / "b_chm.tif")
+    with pytest.raises(RecipeError, match="'a' has no height file"):
+        build_tile_set(recipe(tmp_path))
+    with pytest.raises(RecipeError, match="`exclude` names 'c'"):
+        build_tile_set(recipe(tmp_path, PAIR.replace("*", "a", 1).replace("*_chm", "b_chm") + 'exclude = ["c"]\n'))
+    with pytest.raises(RecipeError, match="canopy tile"):
+        read_index(tmp_path)
+
+
+def test_variables_and_relative_paths(wood, monkeypatch):
+    folder, _ = wood
+    monkeypatch.setenv("CANOPY_SAMPLES", str(folder))
+    text = PAIR.replace("data/", "${CANOPY_SAMPLES}/data/")
+    assert len(read_index(build_tile_set(recipe(folder, text)))) > 1
+    monkeypatch.chdir("/")
+    assert build_tile_set(recipe(folder), folder / "relative").exists()
+
+
+def test_simulated_scenes_have_places_of_their_own(tmp_path):
+    source = """
+[[source]]
+kind = "simulated"
+site = "SIM"
+seeds = [3, 104]
+size_m = 40.0
+licence = "Apache-2.0"
+image_source = "simulated"
+lidar_source = "simulated"
+"""
+    index = read_index(build_tile_set(recipe(tmp_path, source, gsd_m=0.6)))
+    outlines = index.to_crs(32631).geometry
+    three, other = outlines[index["item"] == "seed3"].union_all(), outlines[index["item"] == "seed104"].union_all()
+    assert three.distance(other) > 900
+    assert np.isfinite(index["height_mean_m"]).all()
+    alone = read_index(build_tile_set(recipe(tmp_path, source.replace("3, 104", "104"), gsd_m=0.6), tmp_path / "alone"))
+    digests = dict(zip(index["id"], index["sha256"], strict=True))
+    assert all(digests[row.id] == row.sha256 for row in alone.itertuples())
+    with pytest.raises(RecipeError, match="either size_m"):
+        build_tile_set(recipe(tmp_path, source.replace("size_m = 40.0\n", "")), tmp_path / "none")
+
+
+def test_a_height_model_photographed_anew(tmp_path):
+    _, height_m = pair(tmp_path, "a", left=400_000.0, top=4_000_000.0, shape=(64, 64))
+    source = """
+[[source]]
+kind = "simulated"
+site = "SIM"
+seeds = [1, 2]
+chm = "data/a_chm.tif"
+licence = "Apache-2.0"
+image_source = "simulated"
+lidar_source = "drawn"
+"""
+    tile_set = build_tile_set(recipe(tmp_path, source))
+    index = read_index(tile_set)
+    assert [name.split("_")[1] for name in index["id"]] == ["s1", "s2"]
+    assert index["block"].nunique() == 1  # the same ground
+    images = []
+    for name in index["id"]:
+        image, heights = read_chip(tile_set, name)
+        np.testing.assert_array_equal(heights, height_m)
+        np.testing.assert_array_equal(image.valid, np.isfinite(height_m))
+        images.append(image.data)
+    assert (images[0] != images[1]).any()
+
+
+def test_a_contact_sheet_is_drawn(wood):
+    folder, _ = wood
+    tile_set = build_tile_set(recipe(folder))
+    png = contact_sheet(tile_set, folder / "sheets" / "set.png", count=2)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert png.stat().st_size > 10_000
+
+
+# --- the recipes of the project ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
+def test_the_recipes_load(name):
+    assert load_recipe(RECIPES / f"{name}.toml").name == name
+
+
+def test_neon_plots_on_the_same_ground_share_a_split(samples, tmp_path):
+    """IDTReeS plots OSBS_7, 9, 32 and 36 lie on OSBS_029, 006, 003 and 006."""
+    tile_set = build_tile_set(RECIPES / "neon.toml", tmp_path / "neon")
+    index = read_index(tile_set)
+    assert len(index) == 72
+    assert set(index["split"]) - {"buffer"} == {"train", "val", "test"}
+    rows = {row.item: row for row in index.itertuples()}
+    for one, other in (("7", "029"), ("9", "006"), ("32", "003"), ("36", "006")):
+        a, b = rows[f"idt_OSBS_{one}"], rows[f"OSBS_{other}"]
+        assert a.geometry.intersects(b.geometry)
+        assert (a.block, a.split) == (b.block, b.split)
+    shapes = {item: row.geometry for item, row in rows.items()}
+    assert not shapes["idt_OSBS_7"].intersects(shapes["OSBS_006"])  # negative control
+
+
+def test_neon_plots_are_parted_by_geometry_alone(samples, tmp_path):
+    """Without the groups, the buffer gives up one of two overlapping plots whenever a seed parts them."""
+    text = (RECIPES / "neon.toml").read_text()
+    start = text.index("groups = [")
+    path = tmp_path / "neon.toml"
+    given_up = 0
+    source = text[
+        text.index('[[source]]\nkind = "pair"\nsite = "NEON_OSBS"') : text.index(
+            '[[source]]\nkind = "pair"\nsite = "NEON_MLBS"'
+        )
+    ]
+    for seed in range(4):
+        split = text[:start].replace("seed = 3", f"seed = {seed}").replace("block_m = 250.0", "block_m = 15.0")
+        path.write_text(split + "\n" + source)
+        rows = {row.item: row.split for row in read_index(build_tile_set(path, overwrite=True)).itertuples()}
+        for one, other in (("7", "029"), ("9", "006"), ("32", "003"), ("36", "006")):
+            pair_of = {rows[f"idt_OSBS_{one}"], rows[f"OSBS_{other}"]}
+            assert len(pair_of - {"buffer"}) <= 1
+            given_up += "buffer" in pair_of
+    assert given_up

@@ -1,0 +1,180 @@
+"""Splits: stable, seeded, and with nothing of one split within the buffer of another."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from pyproj import CRS, Transformer
+
+from canopy.errors import RecipeError
+from canopy.tiler.split import Place, SplitSettings, assign, block_of, crs_key, draw_split, take_out_buffer
+
+UTM17 = CRS.from_epsg(32617)
+UTM18 = CRS.from_epsg(32618)
+
+
+def settings(**changes):
+    return SplitSettings(**{"seed": 1, "block_m": 200, "buffer_m": 30, "train": 0.6, "val": 0.2, "test": 0.2} | changes)
+
+
+def place(name, x, y, *, side=60.0, site="A", crs=UTM17, item=None):
+    half = side / 2
+    return Place(
+        id=name,
+        site=site,
+        item=item or name,
+        crs=crs,
+        centre_m=(x, y),
+        footprint_m=(x - half, y - half, x + half, y + half),
+    )
+
+
+def gap_m(a, b):
+    """Distance between two rectangles, edge to edge."""
+    dx = max(a[0] - b[2], b[0] - a[2], 0.0)
+    dy = max(a[1] - b[3], b[1] - a[3], 0.0)
+    return float(np.hypot(dx, dy))
+
+
+def leaks(places, splits, buffer_m):
+    """Pairs of chips of different splits that lie within the buffer: the plain double loop."""
+    kept = [(p, s) for p, s in zip(places, splits, strict=True) if s != "buffer"]
+    return [
+        (p.id, q.id)
+        for i, (p, s) in enumerate(kept)
+        for q, t in kept[i + 1 :]
+        if s != t and gap_m(p.footprint_m, q.footprint_m) <= buffer_m
+    ]
+
+
+@st.composite
+def many_places(draw):
+    spots = draw(
+        st.lists(st.tuples(st.integers(-900, 900), st.integers(-900, 900), st.integers(10, 150)), min_size=1, max_size=40)
+    )
+    return [place(f"c{i}", 500_000.0 + x, 4_000_000.0 + y, side=float(side)) for i, (x, y, side) in enumerate(spots)]
+
+
+@given(many_places(), st.integers(0, 1000), st.integers(0, 200))
+def test_no_chip_lies_within_the_buffer_of_another_split(places, seed, buffer_m):
+    chosen = settings(seed=seed, buffer_m=buffer_m)
+    drawn = [split for _, split in assign(places, chosen)]
+    kept = take_out_buffer(places, drawn, buffer_m)
+    assert not leaks(places, kept, buffer_m)
+    for before, after in zip(drawn, kept, strict=True):
+        assert after in (before, "buffer")  # no chip changes sides
+        assert before != "test" or after == "test"  # the test set never shrinks
+
+
+@given(many_places(), st.integers(0, 1000), st.integers(0, 200))
+def test_a_chip_is_given_up_only_for_a_reason(places, seed, buffer_m):
+    drawn = [split for _, split in assign(places, settings(seed=seed))]
+    kept = take_out_buffer(places, drawn, buffer_m)
+    rank = {"train": 0, "val": 1, "test": 2}
+    for p, before, after in zip(places, drawn, kept, strict=True):
+        if after == "buffer":
+            assert any(
+                rank[s] > rank[before] and t != "buffer" and gap_m(p.footprint_m, q.footprint_m) <= buffer_m
+                for q, s, t in zip(places, drawn, kept, strict=True)
+            )
+
+
+def test_without_the_buffer_the_same_check_finds_leaks():
+    """Negative control: blocks alone put neighbours into different splits."""
+    places = [place(f"c{i}", 500_000.0 + 40 * i, 4_000_000.0) for i in range(60)]
+    drawn = [split for _, split in assign(places, settings())]
+    assert len(set(drawn)) == 3
+    assert leaks(places, drawn, 30)
+    assert not leaks(places, take_out_buffer(places, drawn, 30), 30)
+
+
+def test_the_buffer_reaches_across_coordinate_systems():
+    """Two UTM zones overlap at their border: the same ground has two pairs of coordinates."""
+    x, y = 800_000.0, 4_000_000.0
+    there = Transformer.from_crs(UTM17, UTM18, always_xy=True).transform(x, y)
+    same, far = place("b", *there, crs=UTM18), place("c", there[0] + 500, there[1], crs=UTM18)
+    places = [place("a", x, y), same, far, place("d", 700_000.0, -4_000_000.0, crs=CRS.from_epsg(32757))]
+    assert take_out_buffer(places, ["test", "train", "train", "train"], 10) == ["test", "buffer", "train", "train"]
+
+
+@given(many_places(), st.integers(0, 1000), st.data())
+def test_adding_chips_moves_no_other(places, seed, data):
+    some = data.draw(st.lists(st.sampled_from(places), min_size=1, unique_by=lambda p: p.id))
+    everything = {p.id: a for p, a in zip(places, assign(places, settings(seed=seed)), strict=True)}
+    assert assign(some, settings(seed=seed)) == [everything[p.id] for p in some]
+
+
+def test_seeds_draw_different_splits_in_the_asked_shares():
+    blocks = [block_of(UTM17, (500_000.0 + 200 * i, 4_000_000.0), 200) for i in range(4000)]
+    one, two = ([draw_split(block, settings(seed=seed)) for block in blocks] for seed in (1, 2))
+    assert one != two
+    for drawn in (one, two):
+        shares = Counter(drawn)
+        assert abs(shares["test"] / 4000 - 0.2) < 0.03
+        assert abs(shares["val"] / 4000 - 0.2) < 0.03
+
+
+def test_blocks_are_anchored_to_the_origin_of_the_crs():
+    assert block_of(UTM17, (399.9, 0.1), 200) == "EPSG:32617/-1/1"
+    assert block_of(UTM17, (400.0, -0.1), 200) == "EPSG:32617/0/2"
+    assert block_of(UTM18, (400.0, -0.1), 200) != block_of(UTM17, (400.0, -0.1), 200)
+    local = CRS.from_proj4("+proj=tmerc +lat_0=10 +lon_0=20 +datum=WGS84")
+    assert crs_key(local).startswith("WKT:")
+    assert crs_key(local) != crs_key(CRS.from_proj4("+proj=tmerc +lat_0=11 +lon_0=20 +datum=WGS84"))
+
+
+def test_groups_share_one_split_also_through_a_common_member():
+    places = [place(f"c{i}", 500_000.0 + 1000 * i, 4_000_000.0, item=f"plot{i}") for i in range(30)]
+    alone = {split for _, split in assign(places, settings())[:12:3]}
+    assert len(alone) > 1  # negative control: the seed parts them
+    assigned = assign(places, settings(groups=[["plot0", "plot3"], ["c6", "c9"], ["c3", "c6"]]))
+    assert len({assigned[i] for i in (0, 3, 6, 9)}) == 1
+    untouched = [i for i in range(30) if i not in (0, 3, 6, 9)]
+    assert [assigned[i] for i in untouched] == [assign(places, settings())[i] for i in untouched]
+
+
+def test_explicit_sites_and_blocks_go_before_the_draw():
+    places = [place(f"c{i}", 500_000.0 + 1000 * i, 4_000_000.0, site="AB"[i % 2]) for i in range(20)]
+    block = block_of(UTM17, places[0].centre_m, 200)
+    splits = [s for _, s in assign(places, settings(sites={"test": ["A"]}, blocks={"val": [block]}))]
+    assert splits[0] == "val"
+    assert set(splits[2::2]) == {"test"}
+    assert splits[1::2] == [s for _, s in assign(places, settings())][1::2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sites": {"test": ["B"]}}, "site 'B'"),
+        ({"blocks": {"test": ["EPSG:32617/0/0"]}}, "block 'EPSG:32617/0/0'"),
+        ({"groups": [["c0", "nobody"]]}, "'nobody'"),
+    ],
+)
+def test_names_that_no_chip_has_are_refused(changes, named):
+    with pytest.raises(RecipeError, match=named):
+        assign([place("c0", 500_000.0, 4_000_000.0)], settings(**changes))
+
+
+def test_a_group_pulled_apart_by_its_sites_is_refused():
+    places = [place("c0", 0.0, 0.0, site="A"), place("c1", 0.0, 0.0, site="B")]
+    with pytest.raises(RecipeError, match="group of 'c0' and 'c1'"):
+        assign(places, settings(sites={"test": ["A"], "train": ["B"]}, groups=[["c0", "c1"]]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": 0.7},
+        {"block_m": 0},
+        {"buffer_m": -1},
+        {"sites": {"test": ["A"], "val": ["A"]}},
+        {"halo_m": 3},
+        {"sites": {"tset": ["A"]}},
+    ],
+)
+def test_impossible_settings_are_refused(changes):
+    with pytest.raises(ValidationError):
+        settings(**changes)
