@@ -13,8 +13,9 @@ from pyproj import CRS
 from shapely.geometry import box as rectangle
 
 from canopy.errors import CanopyError, OutputError, RecipeError
-from canopy.grid import Grid, Lattice
+from canopy.grid import Box, Grid, Lattice
 from canopy.raster import read_raster, write_raster
+from canopy.simulate import ForestConfig, simulate_scene, write_scene
 from canopy.tiler import chips
 from canopy.tiler.chips import (
     COLUMNS,
@@ -375,6 +376,37 @@ lidar_source = "drawn"
         np.testing.assert_array_equal(image.valid, np.isfinite(height_m))
         images.append(image.data)
     assert (images[0] != images[1]).any()
+
+
+def test_heights_from_a_point_cloud(tmp_path):
+    """The whole way on a forest whose heights are known: image and cloud in, chips with the right heights out."""
+    grid = Lattice(crs=UTM, gsd_m=0.5).grid(Box(-8_000_064, 800_000, -8_000_000, 800_064))
+    forest = ForestConfig(pulses_per_m2=20, terrain_relief_m=0.0, terrain_slope=0.0, roads=0, paths=0, ponds=0)
+    scene = simulate_scene(grid=grid, seed=1, forest=forest)
+    write_scene(scene, tmp_path / "data")
+    source = """
+[[source]]
+kind = "lidar"
+site = "WOOD"
+image = "data/image.tif"
+points = ["data/*.laz"]
+licence = "CC0-1.0"
+image_source = "simulated"
+lidar_source = "simulated"
+"""
+    tile_set = build_tile_set(recipe(tmp_path, source + "options = { fill_holes_px = 20 }\n"))
+    (chip,) = read_index(tile_set)["id"]
+    image, height_m = read_chip(tile_set, chip)
+    np.testing.assert_array_equal(image.data, scene.image)
+    known = np.isfinite(height_m)
+    assert known.mean() > 0.95
+    error_m = (height_m - scene.height_m)[known]
+    assert np.abs(np.median(error_m)) < 0.5
+    assert np.corrcoef(height_m[known], scene.height_m[known])[0, 1] > 0.85
+    turned = np.rot90(scene.height_m, 2)  # negative control: the wrong way up does not agree
+    assert np.corrcoef(height_m[known], turned[known])[0, 1] < 0.5
+    with pytest.raises(RecipeError, match="'halo_m'"):
+        build_tile_set(recipe(tmp_path, source + "options = { halo_m = 1 }\n"), tmp_path / "none")
 
 
 def test_a_contact_sheet_is_drawn(wood):
