@@ -209,6 +209,11 @@ class HeightModel:
         """
         image = torch.as_tensor(image_bchw)
         assert image.ndim == 4, f"image has {image.ndim} axes, (batch, band, row, col) expected"
+        if image.shape[1] != len(self.contract.bands):
+            raise ContractError(
+                f"image has {image.shape[1]} bands, but {self.contract.name} takes {len(self.contract.bands)} "
+                f"({', '.join(self.contract.bands)}); choose them in this order"
+            )
         valid = None if valid_bhw is None else torch.as_tensor(valid_bhw)
         assert valid is None or (valid.dtype == torch.bool and valid.shape == (image.shape[0], *image.shape[2:])), (
             f"valid must be bool (batch, row, col) of an image {tuple(image.shape)}"
@@ -477,6 +482,10 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _keys(table: Mapping[str, Any], prefix: str = "") -> set[str]:
-    return {prefix + key for key in table}.union(
-        *(_keys(value, f"{prefix}{key}.") for key, value in table.items() if isinstance(value, dict))
-    )
+    """Dotted names of all keys, those of tables in lists included."""
+    names = {prefix + key for key in table}
+    for key, value in table.items():
+        for inner in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(inner, dict):
+                names |= _keys(inner, f"{prefix}{key}.")
+    return names
