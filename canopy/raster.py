@@ -165,7 +165,10 @@ class Raster:
             valid = self._dataset.read_masks(indices[0], window=window) > 0
         elif MaskFlags.nodata in flags and not math.isnan(self._dataset.nodata):
             # One band may well hold the nodata value in a shadow or a flower; only all bands together say "nothing".
-            valid = (part != part.dtype.type(self._dataset.nodata)).any(axis=0)
+            nodata = self._dataset.nodata
+            if part.dtype.kind == "f":  # as the file rounds it; an integer is compared as it is: 0.5 is no integer's nodata
+                nodata = part.dtype.type(nodata)
+            valid = (part != nodata).any(axis=0)
         else:
             valid = np.ones(part.shape[1:], bool)
         if part.dtype.kind == "f":
