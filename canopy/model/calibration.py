@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -77,8 +77,8 @@ class CalibrationTable(BaseModel):
     """Share of true heights the interval is made to hold."""
     spread_floor_m: PositiveFloat = SPREAD_FLOOR_M
     """Spreads below it count as it."""
-    measured: MeasuredCoverage | None = None
-    """None: nothing was held out to measure it on; never in-sample coverage."""
+    measured: tuple[MeasuredCoverage, ...] = ()
+    """Coverage in the ways it could be measured; empty when nothing was held out to measure it on. Never in-sample."""
 
     @model_validator(mode="after")
     def _consistent(self) -> CalibrationTable:
@@ -87,7 +87,7 @@ class CalibrationTable(BaseModel):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {len(self.edges_m)} classes of edges_m")
         if not self.edges_m or self.edges_m[0] != 0 or any(a >= b for a, b in pairwise(self.edges_m)):
             raise ValueError(f"edges_m {self.edges_m} do not ascend from 0")
-        if self.measured is not None and {len(self.measured.pixels), len(self.measured.inside)} != {len(self.edges_m)}:
+        if any({len(m.pixels), len(m.inside)} != {len(self.edges_m)} for m in self.measured):
             raise ValueError(f"measured coverage does not have the {len(self.edges_m)} classes of edges_m")
         return self
 
@@ -201,6 +201,11 @@ class Coverage:
     edges_m: tuple[float, ...]
     classes: tuple[IntervalSums, ...]
 
+    @classmethod
+    def zero(cls, edges_m: Sequence[float]) -> Self:
+        """The empty set."""
+        return cls(edges_m=tuple(edges_m), classes=(IntervalSums(),) * (len(edges_m) + 1))
+
     @property
     def total(self) -> IntervalSums:
         """The sums over all classes."""
@@ -234,13 +239,14 @@ def cross_coverage(
     site: Sequence[str] | NDArray[np.str_],
     edges: Sequence[float] = CLASS_EDGES_M,
     *,
+    report: Sequence[float] | None = None,
     nominal: float = 0.9,
     least_px: int = LEAST_PX,
     spread_floor_m: float = SPREAD_FLOOR_M,
 ) -> dict[str, Coverage]:
     """Coverage of each site by a table fitted on the others; a site is left out when the others are too few pixels to fit.
 
-    Arguments as in `fit_calibration`.
+    Arguments as in `fit_calibration`, and `report`: inner edges of the classes to report by, default `edges`.
     """
     mean, spread, true = (np.asarray(a) for a in (mean_m, spread_m, true_m))
     sites = np.asarray(site)
@@ -260,5 +266,5 @@ def cross_coverage(
             least_px=least_px,
             spread_floor_m=spread_floor_m,
         )
-        result[str(name)] = measure_coverage(table, mean[own], spread[own], true[own], edges)
+        result[str(name)] = measure_coverage(table, mean[own], spread[own], true[own], edges if report is None else report)
     return result

@@ -1,0 +1,223 @@
+"""What to train, on what and how: the one TOML file of a training run.
+
+Unknown keys are errors, and every default is a value that is written into the model folder with the rest. Paths of tile
+sets are relative to the recipe's folder; environment variables in `${...}` are expanded when they are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from canopy.errors import RecipeError
+from canopy.metrics import CLASS_EDGES_M
+from canopy.model.calibration import LEAST_PX, SPREAD_FLOOR_M
+from canopy.model.data import Augmentation
+from canopy.model.losses import LossConfig
+from canopy.model.network import NetworkConfig
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelTable(_Table):
+    """What the model folder will say the model is; the fields are those of its contract."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    version: str = "1"
+    description: str
+    licence: str
+    bands: tuple[str, ...] = ("red", "green", "blue")
+    gsd_range_m: tuple[float, float]
+    value_range: tuple[float, float] = (0.0, 255.0)
+    mean: tuple[float, ...]
+    """Per band, in the imagery's units."""
+    std: tuple[float, ...]
+    window_px: PositiveInt
+    stride_px: PositiveInt
+    weights_dtype: Literal["float32", "float16"] = "float32"
+    network: NetworkConfig
+    pretrained: bool = False
+    """Start from the backbone's published weights, which timm fetches."""
+    start_from: str | None = None
+    """Start from the weights of this model folder, whose network must be the same."""
+    not_for: tuple[str, ...] = ()
+    """Uses the card warns of, besides those that follow from the measured figures."""
+
+
+class DataSet(_Table):
+    """A tile set and what each of its splits is for. Chips of sites held out from training ignore `train`."""
+
+    path: str
+    """Folder of a built tile set."""
+    share: PositiveFloat = 1.0
+    """Share of the batches, relative to the other sets'."""
+    batch: PositiveInt = 8
+    """Samples in a batch, per process."""
+    crop_px: int = Field(default=256, ge=32, multiple_of=32)
+    train: tuple[str, ...] = ("train",)
+    calibrate: tuple[str, ...] = ("val",)
+    """Splits whose chips fit the calibration table."""
+    score: tuple[str, ...] = ("test",)
+    """Splits whose chips give the model's published scores."""
+    ships: bool = True
+    """False: the set's licence allows scoring only, so nothing made from its pixels may go into weights or calibration."""
+    exclude_sites: tuple[str, ...] = ()
+    """Sites of the set that are used for nothing."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        if both := set(self.train) & {*self.calibrate, *self.score}:
+            raise ValueError(f"split {min(both)!r} both trains and is held out; remove it from one of them")
+        if not self.ships and (self.train or self.calibrate):
+            raise ValueError("a set that does not ship can only be scored; set train = [] and calibrate = []")
+        return self
+
+
+class Data(_Table):
+    """Where chips come from."""
+
+    set: tuple[DataSet, ...] = Field(min_length=1)
+    hold_out_sites: tuple[str, ...] = ()
+    """Whole sites that training never sees, in any set and split."""
+    hold_out_use: tuple[Literal["calibrate", "score"], ...] = ("score",)
+    """What the chips of these sites are for."""
+    workers: NonNegativeInt = 0
+    """Loader processes."""
+
+
+class Sampling(_Table):
+    """Height categories: shares of the samples drawn from low and from tall chips (Brandt et al. 2026, section 3)."""
+
+    low_below_m: float = 1.0
+    low_share: float = Field(default=0.1, ge=0, le=1)
+    tall_above_m: float = 25.0
+    tall_share: float = Field(default=0.1, ge=0, le=1)
+
+
+class Optim(_Table):
+    """AdamW with linear warm-up and cosine decay; the last fields go to Lightning's Trainer as they are."""
+
+    steps: PositiveInt
+    """Optimiser steps."""
+    lr: PositiveFloat = 1e-3
+    backbone_lr_factor: NonNegativeFloat = 1.0
+    """The backbone's learning rate over `lr`; 0 freezes it."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: NonNegativeFloat = 0.01
+    """Of matrices and kernels only; biases and norms are not decayed."""
+    warm_up: float = Field(default=0.05, ge=0, lt=1)
+    """Fraction of the steps."""
+    final_lr_factor: float = Field(default=0.01, ge=0, le=1)
+    """Learning rate at the last step over `lr`."""
+    clip_norm: PositiveFloat = 1.0
+    """Largest norm of the gradient."""
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """Of the moving average of the weights, which is the model that is kept; 0 keeps the last weights."""
+    accumulate: PositiveInt = 1
+    """Batches per optimiser step."""
+    checkpoint_every: PositiveInt = 100
+    """Optimiser steps between checkpoints."""
+    log_every: PositiveInt = 10
+    threads: PositiveInt | None = None
+    """CPU threads of torch; default torch's own choice."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    accelerator: str = "auto"
+    devices: int | Literal["auto"] = "auto"
+    nodes: PositiveInt = 1
+    strategy: str = "auto"
+
+
+class Calibrate(_Table):
+    """How intervals are fitted."""
+
+    nominal: float = Field(default=0.9, gt=0, lt=1)
+    edges_m: tuple[float, ...] = CLASS_EDGES_M
+    least_px: PositiveInt = LEAST_PX
+    spread_floor_m: PositiveFloat = SPREAD_FLOOR_M
+
+
+class Evaluate(_Table):
+    """How the model is scored."""
+
+    edges_m: tuple[float, ...] = CLASS_EDGES_M
+    """Inner edges of the classes of true height."""
+    forest_px_per_chip: PositiveInt = 500
+    """Training pixels of one chip that the random-forest baseline sees."""
+    forest_trees: PositiveInt = 60
+
+
+class TrainingRecipe(_Table):
+    """A training run as its author writes it."""
+
+    seed: NonNegativeInt
+    model: ModelTable
+    data: Data
+    augmentation: Augmentation = Augmentation()
+    sampling: Sampling = Sampling()
+    loss: LossConfig = LossConfig()
+    optim: Optim
+    calibrate: Calibrate = Calibrate()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _trains(self) -> Self:
+        if not any(s.train for s in self.data.set):
+            raise ValueError("no set has a split to train on; give at least one `train`")
+        return self
+
+    def sha256(self) -> str:
+        """Digest of the recipe with all defaults filled in."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def read_recipe(path: Path, *, hold_out: Sequence[str] = ()) -> TrainingRecipe:
+    """Read and check a recipe.
+
+    Args:
+        path: TOML file.
+        hold_out: Further sites to hold out, for leave-one-site-out runs; they become part of the model's name.
+
+    Raises:
+        RecipeError: missing or no TOML, an unknown key, or a value out of its range; the message names the key.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        recipe = TrainingRecipe.model_validate(table)
+        if further := [site for site in hold_out if site not in recipe.data.hold_out_sites]:
+            name = "-without-".join([recipe.model.name, *further])
+            recipe = recipe.model_copy(
+                update={
+                    "model": recipe.model.model_copy(update={"name": name}),
+                    "data": recipe.data.model_copy(update={"hold_out_sites": (*recipe.data.hold_out_sites, *further)}),
+                }
+            )
+    except FileNotFoundError:
+        raise RecipeError(f"{path} does not exist; give the path of a training recipe (TOML)") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} is no TOML file ({error}); correct it") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "recipe"
+        text = {"extra_forbidden": "is not a key of a training recipe", "missing": "is missing"}.get(
+            first["type"], first["msg"].removeprefix("Value error, ")
+        )
+        raise RecipeError(f"{path}: {key} {text}; correct the recipe") from error
+    return recipe
