@@ -82,7 +82,7 @@ def recipe(tile_sets: Path, folder: Path, **changes) -> Path:
             "hold_out_sites": ["FAR"],
             "hold_out_use": ["calibrate", "score"],
             "set": [
-                {"path": str(tile_sets / "open"), "batch": 4, "crop_px": 32, "calibrate": ["val", "test"]},
+                {"path": str(tile_sets / "open"), "batch": 2, "crop_px": 32, "calibrate": ["val", "test"]},
                 {
                     "path": str(tile_sets / "closed"), "train": [], "calibrate": [], "score": ["train", "val", "test"],
                     "ships": False,
@@ -90,7 +90,7 @@ def recipe(tile_sets: Path, folder: Path, **changes) -> Path:
             ],
         },
         "optim": {
-            "steps": 6, "lr": 3e-3, "ema_decay": 0.9, "checkpoint_every": 3, "log_every": 1, "threads": 1,
+            "steps": 6, "accumulate": 2, "lr": 3e-3, "ema_decay": 0.9, "checkpoint_every": 3, "log_every": 1, "threads": 1,
             "accelerator": "cpu", "devices": 1,
         },
         "calibrate": {"least_px": 200},
