@@ -70,7 +70,7 @@ def inspect(path: Path) -> ImageryInfo:
             f"for example: rio edit-info --crs EPSG:32610 {path.name}"
         ) from error
     lon, lat = to_degrees.transform(*centre)
-    if not (math.isfinite(lon) and math.isfinite(lat)):
+    if not (abs(lon) <= 360 and abs(lat) <= 90):  # infinite where the CRS ends; metres in a CRS of degrees
         raise RasterError(f"{path}: the centre {centre} lies outside the domain of {grid.crs.name!r}; assign the right CRS")
     gsd_m = max(grid.gsd) if is_metric(grid.crs) else _gsd_on_the_ground_m(grid, lon, lat)
     return ImageryInfo(
