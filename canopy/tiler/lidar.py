@@ -597,7 +597,7 @@ def _morphological_ground(z_m: Floats, options: LidarOptions) -> NDArray[np.bool
     An opening with a window wider than an object removes the object and leaves a plane, however steep, as it is. A cell
     that an opening lowers by more than slope * window radius is an object. Zhang et al. 2003 (IEEE TGRS 41, 872-882), with
     the linear thresholds of Pingel et al. 2013 (ISPRS J. 77, 21-30); the radii grow by about a quarter instead of by one
-    cell, which costs a fifth and changes the accuracy by less than 0.01 m.
+    cell, 9 openings for a window of 40 cells.
     """
     ground = np.isfinite(z_m)
     surface = _membrane(z_m)
