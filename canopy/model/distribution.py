@@ -160,15 +160,21 @@ class HeightDistribution:
         return mean, spread, abstain
 
     def _summarise(self, logits_bnhw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        low, high = torch.aminmax(logits_bnhw, dim=1)
+        # Two reductions take a fifth of torch.aminmax's time along this axis. Sums and no matrix products throughout:
+        # autocast and reduced-precision products, which a caller may have switched on, would cost centimetres.
+        logits_bnhw = logits_bnhw.float()
+        low, high = logits_bnhw.amin(1), logits_bnhw.amax(1)
         abstain = ~(low.isfinite() & high.isfinite())
-        if self.normalisation != "softmax":
+        if self.normalisation == "softmax":
+            weight_bnhw = (logits_bnhw - high[:, None]).exp_()
+        else:
             abstain |= high <= 0
-        p_bnhw = self._normalise(logits_bnhw)
-        mean = (p_bnhw * self._centres_n11).sum(1)
+            weight_bnhw = logits_bnhw.relu() + _FLOOR[self.normalisation]
+        total = weight_bnhw.sum(1)
+        mean = (weight_bnhw * self._centres_n11).sum(1).div_(total)
         # Why about the mean and not E[h²] - mean²: that difference cancels, 2 cm of spread at 90 m in float32.
-        deviation = self._centres_n11 - mean[:, None]
-        spread = p_bnhw.mul_(deviation.square_()).sum(1).sqrt_()
+        squares_bnhw = (self._centres_n11 - mean[:, None]).square_().mul_(weight_bnhw)
+        spread = squares_bnhw.sum(1).div_(total).sqrt_()
         return mean, spread, abstain
 
     def _normalise(self, logits_bnhw: Tensor) -> Tensor:

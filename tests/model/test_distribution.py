@@ -101,7 +101,7 @@ def test_results_do_not_depend_on_the_strips(normalisation, monkeypatch):
     cut = HeightDistribution.from_logits(logits, bins, normalisation)
     assert len(list(cut._strips())) == 8
     for a, b in zip([cut.mean_m, cut.spread_m, cut.quantile_m(0.3)], expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)  # sums are vectorised by position, so not to the last bit
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # sums are vectorised by position, so not to the last bit
     assert torch.equal(cut.abstain, whole.abstain)
 
 
