@@ -13,6 +13,7 @@ import logging
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -480,7 +481,11 @@ def fit(
         default_root_dir=run,
     )
     if first < optim.steps:
-        trainer.fit(learner, ckpt_path=checkpoint, weights_only=True)
+        with warnings.catch_warnings():
+            # Lightning's own deprecations, and its surprise at the checkpoints of the run that is resumed.
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists")
+            trainer.fit(learner, ckpt_path=checkpoint, weights_only=True)
         if trainer.global_step < optim.steps:
             raise OutputError(f"training stopped at step {trainer.global_step} of {optim.steps}; go on with --resume {run}")
         trainer.save_checkpoint(run / "checkpoints" / LAST)
