@@ -202,7 +202,7 @@ class PlainLines(Callback):
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.started, self.first, self.printed = time.monotonic(), 0, -1
+        self.started, self.first, self.printed = time.monotonic(), 0, 0
 
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Remember where and when this run began."""
