@@ -170,6 +170,17 @@ def test_moments_are_the_same_and_have_gradients_when_differentiated(normalisati
     assert logits.grad.any()
 
 
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_the_memory_order_of_the_logits_does_not_matter(normalisation):
+    logits = random_logits(4, (2, 64, 32, 32))
+    logits[0, :, 3, 4] = -1.0
+    rows_last = HeightDistribution.from_logits(logits, Bins(count=64), normalisation)
+    bins_last = HeightDistribution.from_logits(logits.to(memory_format=torch.channels_last), Bins(count=64), normalisation)
+    torch.testing.assert_close(bins_last.mean_m, rows_last.mean_m, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bins_last.spread_m, rows_last.spread_m, rtol=1e-5, atol=1e-5)
+    assert torch.equal(bins_last.abstain, rows_last.abstain)
+
+
 def test_half_precision_logits_are_computed_in_float32():
     logits = random_logits(2).bfloat16()
     d = HeightDistribution.from_logits(logits, Bins(count=64), "softmax")
