@@ -19,6 +19,7 @@ import numpy as np
 import rasterio
 from numpy.typing import NDArray
 from pyproj import CRS
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.warp import Resampling, reproject
@@ -29,6 +30,9 @@ from canopy.grid import Grid
 
 # A truncated JPEG is only a warning to libjpeg: the missing rows would arrive grey and be mapped as forest or field.
 _ENV = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE", "GDAL_TIFF_INTERNAL_MASK": "TRUE"}
+
+GDAL_ERRORS = (RasterioError, CPLE_BaseError)
+"""What rasterio raises when GDAL fails: its own exceptions and, from a few of its functions, GDAL's as they are."""
 
 # GDAL repeats on the log what it raises; the exception is what we report.
 logging.getLogger("rasterio._env").setLevel(logging.CRITICAL)
@@ -99,6 +103,16 @@ class Raster:
         return dict(self._dataset.tags())
 
     @property
+    def structure(self) -> dict[str, str]:
+        """How GDAL says the pixels are stored: COMPRESSION, PREDICTOR, LAYOUT, INTERLEAVE."""
+        return dict(self._dataset.tags(ns="IMAGE_STRUCTURE"))
+
+    @property
+    def block_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of the blocks of each band."""
+        return tuple(self._dataset.block_shapes)
+
+    @property
     def data_bands(self) -> tuple[int, ...]:
         """1-based indices of the bands that are not alpha."""
         return tuple(i for i, c in enumerate(self._dataset.colorinterp, start=1) if c != ColorInterp.alpha)
@@ -151,7 +165,7 @@ class Raster:
         try:
             part = self._dataset.read(indices, window=window)
             valid[inside] = self._valid(part, indices, window)
-        except RasterioError as error:
+        except GDAL_ERRORS as error:
             raise RasterError(
                 f"{self.path} cannot be decoded at rows {row0}-{row1} ({error.__cause__ or error}); "
                 f"the file is damaged or cut short: fetch it again"
@@ -194,7 +208,7 @@ def open_raster(path: str | os.PathLike[str]) -> Iterator[Raster]:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `Raster.grid` says it, as an error
         try:
             dataset = rasterio.open(path)
-        except RasterioError as error:
+        except GDAL_ERRORS as error:
             raise RasterError(
                 f"{path} cannot be read as a raster; give a GeoTIFF, JPEG or PNG with its CRS, or a VRT"
             ) from error
@@ -281,7 +295,7 @@ def create_raster(
             yield RasterWriter(dataset)
         _check_closed(path, part)
         part.replace(path)
-    except (RasterioError, OSError) as error:
+    except (*GDAL_ERRORS, OSError) as error:
         raise RasterError(
             f"cannot write {path} ({error.__cause__ or error}); free disk space or choose another folder"
         ) from error

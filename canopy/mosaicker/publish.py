@@ -17,12 +17,11 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import rasterio.shutil
 from numpy.typing import NDArray
-from rasterio.errors import RasterioError
 from rio_cogeo.cogeo import cog_validate
 
 from canopy.errors import OutputError, RasterError
 from canopy.grid import Box, Grid, Lattice
-from canopy.raster import RasterWriter, check_readable, create_raster, open_raster
+from canopy.raster import GDAL_ERRORS, RasterWriter, check_readable, create_raster, open_raster
 
 if TYPE_CHECKING:
     import xarray
@@ -135,7 +134,7 @@ def write_cog(
                     OVERVIEW_RESAMPLING="AVERAGE", BIGTIFF="IF_SAFER", STATISTICS="YES",
                 )  # fmt: skip
             check_cog(part, lattice.grid(box), band_names)
-        except (RasterioError, RasterError, OSError) as error:
+        except (*GDAL_ERRORS, RasterError, OSError) as error:
             reason = error.__cause__ or error
             raise OutputError(f"cannot write {out} ({reason}); free disk space or choose another folder") from error
         part.replace(out)
@@ -149,7 +148,8 @@ def check_cog(path: Path, grid: Grid, band_names: Sequence[str]) -> None:
     """Refuse a file that is not the COG we promise.
 
     Raises:
-        RasterError: the layout, a block, the grid, a name, a unit, the nodata value or the statistics are not right.
+        RasterError: the layout, the compression, a block, the grid, a name, a unit, the nodata value or the statistics
+            are not right.
     """
     is_valid, errors, warnings = cog_validate(path, strict=True, quiet=True)
     problems = [*errors, *warnings] if not is_valid else []
@@ -162,7 +162,9 @@ def check_cog(path: Path, grid: Grid, band_names: Sequence[str]) -> None:
             problems.append(f"its bands are {raster.band_names} in {raster.units}")
         if raster.dtype != "float32" or raster.nodata is None or not math.isnan(raster.nodata):
             problems.append(f"it holds {raster.dtype} with nodata {raster.nodata}")
-        # A raster without a single valid pixel has no statistics, and says so by a valid percentage of 0 or by nothing.
+        stored = (raster.structure.get("COMPRESSION"), raster.structure.get("PREDICTOR"))
+        if stored != ("DEFLATE", "3") or set(raster.block_shapes) != {(BLOCK_PX, BLOCK_PX)}:
+            problems.append(f"it is stored as {stored[0]}, predictor {stored[1]}, in blocks of {raster.block_shapes[0]}")
         if any("STATISTICS_MEAN" not in tags for tags in raster.band_tags):
             problems.append("it lacks statistics")
     if problems:
@@ -174,6 +176,8 @@ def _vrt(
 ) -> bytes:
     """A GDAL VRT (XML) that lays the parts side by side; they are disjoint, so none hides another."""
     rows, cols = grid.shape
+    # Of several simple sources GDAL merges the statistics, weighted by percentages that it has rounded to 0.01: inexact.
+    kind = "SimpleSource" if len(parts) == 1 else "ComplexSource"
     root = ET.Element("VRTDataset", rasterXSize=str(cols), rasterYSize=str(rows))
     ET.SubElement(root, "SRS").text = grid.crs.to_wkt()
     a, b, c, d, e, f = tuple(grid.transform)[:6]
@@ -187,7 +191,7 @@ def _vrt(
         ET.SubElement(band, "UnitType").text = "m"
         ET.SubElement(band, "NoDataValue").text = "nan"
         for part, path in parts:
-            source = ET.SubElement(band, "SimpleSource")
+            source = ET.SubElement(band, kind)
             ET.SubElement(source, "SourceFilename", relativeToVRT="0").text = str(path.resolve())
             ET.SubElement(source, "SourceBand").text = str(index)
             height, width = part.shape
