@@ -1,0 +1,283 @@
+"""`map_region` on a small image with a model of random weights: which pixels come out, and what decides them."""
+
+import json
+
+import geopandas
+import numpy as np
+import pytest
+import rasterio
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyproj import CRS, Transformer
+
+from canopy.errors import AreaError, CanopyError, OutputError
+from canopy.grid import Box, Grid, Lattice
+from canopy.model.package import load_model
+from canopy.raster import read_raster, write_raster
+from canopy.region import _inside, map_region
+from canopy.tiler.imagery import open_imagery
+
+UTM = CRS.from_epsg(32610)
+LATTICE = Lattice(crs=UTM, gsd_m=0.6)
+BOX = Box(-8_130_100, 833_310, -8_130_100 + 170, 833_310 + 200)
+
+
+def photo(path, grid, *, valid=None, seed=0):
+    rng = np.random.default_rng(seed)
+    write_raster(path, rng.integers(0, 256, (3, *grid.shape), dtype=np.uint8), grid=grid, valid=valid)
+    return path
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    """170 x 200 px on the lattice, across borders of windows, with a few pixels of no data and a whole corner."""
+    valid = np.random.default_rng(2).random(BOX.shape) > 0.01
+    valid[:70, :75] = False
+    return photo(tmp_path_factory.mktemp("image") / "photo.tif", LATTICE.grid(BOX), valid=valid)
+
+
+@pytest.fixture(scope="module")
+def whole(image, tiny_model, tmp_path_factory):
+    return map_region(imagery=image, model=tiny_model, out=tmp_path_factory.mktemp("whole") / "out")
+
+
+def bands(result):
+    """(band, row, col): height, half-width, lower, upper; and the box."""
+    height, grid = read_raster(result.height)
+    error, other = read_raster(result.error)
+    assert grid == other
+    return np.concatenate([height.data, error.data]), Lattice(crs=grid.crs, gsd_m=grid.gsd[0]).box_of(grid)
+
+
+def square(box):
+    left, bottom, right, top = LATTICE.grid(box).bounds
+    return shapely.box(left, bottom, right, top)
+
+
+INNER = Box(BOX.row0 + 31, BOX.col0 + 90, BOX.row0 + 131, BOX.col0 + 177)
+
+
+def area_file(path, polygons, crs=UTM):
+    frame = geopandas.GeoDataFrame({"name": ["a"] * len(polygons)}, geometry=polygons, crs=UTM).to_crs(crs)
+    if path.suffix == ".parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_file(path)
+    return path
+
+
+# --- which pixels --------------------------------------------------------------------------------------------------------
+
+
+def test_every_valid_pixel_of_the_image_is_mapped(image, whole):
+    found, box = bands(whole)
+    assert box == BOX
+    np.testing.assert_array_equal(np.isfinite(found), np.broadcast_to(read_raster(image)[0].valid, found.shape))
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (64, 64), (1, 150), (97, 65)])
+def test_every_pixel_up_to_all_edges(tmp_path, tiny_model, shape):
+    box = Box(BOX.row0, BOX.col0, BOX.row0 + shape[0], BOX.col0 + shape[1])
+    result = map_region(imagery=photo(tmp_path / "a.tif", LATTICE.grid(box)), model=tiny_model, out=tmp_path / "out")
+    found, where = bands(result)
+    assert where == box
+    assert np.isfinite(found).all()
+
+
+def test_a_resampled_image_is_mapped_to_its_edges(tmp_path, tiny_model):
+    feet = CRS.from_epsg(2994)
+    x, y = Transformer.from_crs(UTM, feet, always_xy=True).transform(*LATTICE.grid(BOX).bounds[:2])
+    grid = Grid(crs=feet, transform=rasterio.Affine(1.5, 0, x, 0, -1.5, y), shape=(160, 150))
+    path = photo(tmp_path / "a.tif", grid)
+    result = map_region(imagery=path, model=tiny_model, out=tmp_path / "out", gsd_m=0.6)
+    found, box = bands(result)
+    with open_imagery(path, LATTICE) as source:
+        assert source.box == box
+        np.testing.assert_array_equal(np.isfinite(found[0]), source.read(box).valid)
+    assert np.isfinite(found[0]).mean() > 0.9
+
+
+def test_heights_are_those_of_the_model_alone(tmp_path, tiny_model):
+    """One window has the middle of its support for itself: there the map is the model, rounded."""
+    model = load_model(tiny_model)
+    window, stride = model.contract.window_px, model.contract.stride_px
+    rows, cols = (range(first, first + window) for first in (-169_376 * stride, 17_361 * stride))
+    box = Box(rows[0], cols[0], rows[-1] + 1, cols[-1] + 1)
+    path = photo(tmp_path / "a.tif", LATTICE.grid(box))
+    found, where = bands(map_region(imagery=path, model=tiny_model, out=tmp_path / "out"))
+    assert where == box
+    heights = model.predict(read_raster(path)[0].data[None])
+    middle = (slice(16, 48), slice(16, 48))
+    np.testing.assert_allclose(found[0][middle], heights.mean_m[0].numpy()[middle], atol=1 / 64 + 1e-5)
+    half = (found[3] - found[2])[middle] / 2
+    np.testing.assert_allclose(
+        half, np.minimum(1.6449 * heights.spread_m[0].numpy(), half.max())[middle], atol=1
+    )  # cut at 0 m
+
+
+def test_intervals_hold_the_height(whole):
+    found, _ = bands(whole)
+    height, half, lower, upper = (band[np.isfinite(found[0])] for band in found)
+    assert (lower >= 0).all()
+    assert (lower <= height).all()
+    assert (height <= upper).all()
+    assert (half >= (upper - lower) / 2).all()
+    assert height.std() > 0.1
+
+
+# --- nothing else decides them -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sheet_px", [50, 64, 111])
+def test_sheets_change_no_bit(image, tiny_model, whole, tmp_path, sheet_px):
+    result = map_region(imagery=image, model=tiny_model, out=tmp_path / "out", sheet_px=sheet_px)
+    assert json.loads(result.run.read_text())["map"]["sheets"] > 4
+    for one, all_ in zip(bands(result), bands(whole), strict=True):
+        np.testing.assert_array_equal(one, all_)
+
+
+@pytest.mark.parametrize("sheet_px", [None, 60])
+def test_an_area_changes_no_bit(image, tiny_model, whole, tmp_path, sheet_px):
+    area = area_file(tmp_path / "area.geojson", [square(INNER)], "EPSG:4326")
+    options = {} if sheet_px is None else {"sheet_px": sheet_px}
+    found, box = bands(map_region(area, imagery=image, model=tiny_model, out=tmp_path / "out", **options))
+    wanted, _ = bands(whole)
+    assert (
+        max(
+            abs(a - b) for a, b in zip((box.row0, box.col0, *box.shape), (INNER.row0, INNER.col0, *INNER.shape), strict=True)
+        )
+        <= 1
+    )
+    wanted = wanted[(slice(None), *box.slices_in(BOX))]
+    inner = (slice(None), slice(2, -2), slice(2, -2))
+    np.testing.assert_array_equal(found[inner], wanted[inner])
+    both = np.isfinite(found)
+    np.testing.assert_array_equal(found[both], wanted[both])
+
+
+def test_another_image_changes_pixels(image, tiny_model, whole, tmp_path):
+    """Negative control of the two tests above."""
+    other = photo(tmp_path / "a.tif", LATTICE.grid(BOX), seed=9)
+    found, _ = bands(map_region(imagery=other, model=tiny_model, out=tmp_path / "out"))
+    assert (found[0] != bands(whole)[0][0]).mean() > 0.5
+
+
+def test_the_same_run_gives_the_same_bytes(image, tiny_model, whole, tmp_path):
+    again = map_region(imagery=image, model=tiny_model, out=tmp_path / "out")
+    assert again.height.read_bytes() == whole.height.read_bytes()
+    assert again.error.read_bytes() == whole.error.read_bytes()
+
+
+# --- areas of interest ---------------------------------------------------------------------------------------------------
+
+
+RING = shapely.difference(square(INNER), shapely.affinity.scale(square(INNER), 0.5, 0.5))
+
+
+@pytest.mark.parametrize("name", ["a.geojson", "a.gpkg", "a.parquet", "a.shp"])
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:32610", "EPSG:2994"])
+def test_formats_and_crss(image, tiny_model, tmp_path, name, crs):
+    if name == "a.geojson" and crs != "EPSG:4326":
+        pytest.skip("GeoJSON is in degrees")
+    area = area_file(tmp_path / name, [RING], crs)
+    found, box = bands(map_region(area, imagery=image, model=tiny_model, out=tmp_path / "out"))
+    grid = LATTICE.grid(box)
+    x, y = grid.xy(*np.meshgrid(np.arange(box.shape[1]) + 0.5, np.arange(box.shape[0]) + 0.5))
+    points, finite = shapely.points(x, y), np.isfinite(found[0])
+    valid = read_raster(image)[0].valid[box.slices_in(BOX)]
+    margin = 0.02  # metres: what the other CRSs round
+    assert finite[shapely.contains(shapely.buffer(RING, -margin), points) & valid].all()
+    assert not finite[~shapely.contains(shapely.buffer(RING, margin), points)].any()
+    assert not finite[box.shape[0] // 2, box.shape[1] // 2], "the hole is mapped"
+
+
+def test_bbox(image, tiny_model, tmp_path):
+    degrees = Transformer.from_crs(UTM, "EPSG:4326", always_xy=True).transform_bounds(*square(INNER).bounds)
+    found, box = bands(map_region(degrees, imagery=image, model=tiny_model, out=tmp_path / "out"))
+    assert square(box).intersection(square(INNER)).area > 0.97 * square(INNER).area
+    assert np.isfinite(found[0]).mean() > 0.9
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_an_area_is_the_same_in_every_box(data):
+    """Edges that run through the very centres of pixels are the hard case: a rounding may fall either way."""
+    step = st.integers(0, 120)
+    half = data.draw(st.sampled_from([0.0, 0.5, 0.25]))
+    points = data.draw(st.lists(st.tuples(step, step), min_size=3, max_size=6, unique=True))
+    ring = shapely.MultiPoint([LATTICE.grid(BOX).xy(c + half, r + half) for r, c in points]).convex_hull
+    if ring.geom_type != "Polygon":
+        return
+    area = geopandas.GeoSeries([ring], crs=UTM)
+    whole = _inside(area, LATTICE, BOX)
+    row, col = data.draw(st.integers(BOX.row0, BOX.row1 - 1)), data.draw(st.integers(BOX.col0, BOX.col1 - 1))
+    part = Box(row, col, data.draw(st.integers(row + 1, BOX.row1)), data.draw(st.integers(col + 1, BOX.col1)))
+    np.testing.assert_array_equal(_inside(area, LATTICE, part), whole[part.slices_in(BOX)])
+
+
+# --- refusals that the command line shares (test_cli has the rest) -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bbox",
+    [(1.0, 2.0, 0.0, 3.0), (0.0, 2.0, 1.0, 2.0), (0.0, -100.0, 1.0, 0.0), (0.0, 0.0, 200.0, 1.0)],
+)
+def test_a_bbox_that_is_none(image, tiny_model, tmp_path, bbox):
+    with pytest.raises(AreaError, match="bbox"):
+        map_region(bbox, imagery=image, model=tiny_model, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_area_of_nothing_but_invalid_pixels(image, tiny_model, tmp_path):
+    corner = Box(BOX.row0 + 5, BOX.col0 + 5, BOX.row0 + 50, BOX.col0 + 50)
+    area = area_file(tmp_path / "a.gpkg", [square(corner)])
+    with pytest.raises(AreaError, match="no valid pixel"):
+        map_region(area, imagery=image, model=tiny_model, out=tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_failing_run_leaves_what_was_there(image, tiny_model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        map_region(imagery=image, model=tiny_model, out=tmp_path / "out", overwrite=True, progress=stop)
+    with pytest.raises(OutputError, match="not empty"):
+        map_region(imagery=image, model=tiny_model, out=tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_a_file_put_beside_a_failing_run_is_kept(image, tiny_model, tmp_path):
+    def stop(done, total):
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        map_region(imagery=image, model=tiny_model, out=tmp_path / "out", progress=stop)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_a_disk_that_fills_up_during_the_run(image, tiny_model, whole, small_disk, monkeypatch):
+    """The space is checked first, so it must vanish afterwards: here the check is told of more than there is."""
+    import shutil
+
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr("canopy.region.shutil.disk_usage", lambda path: usage._replace(free=10**12))
+    for size in (16 << 10, 200 << 10, 600 << 10, 700 << 10):
+        disk = small_disk(size)
+        with pytest.raises(CanopyError, match="free disk space") as error:
+            map_region(imagery=image, model=tiny_model, out=disk / "out")
+        assert "\n" not in str(error.value)
+        assert not list(disk.iterdir())
+
+
+def test_what_the_run_says_about_itself(whole):
+    record = json.loads(whole.run.read_text())
+    assert record["map"] | {"shape": [170, 200], "gsd_m": 0.6, "window_px": 64, "stride_px": 48} == record["map"]
+    assert record["time"]["bound_by"] in record["time"]["stages_s"]
+    assert sum(record["time"]["stages_s"].values()) <= record["time"]["wall_s"] * 1.01
+    assert record["model"]["calibration"].startswith("uncalibrated")
