@@ -28,7 +28,7 @@ class _Commands(TyperGroup):
             typer.echo(f"canopy: {error}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            typer.echo("canopy: interrupted; unfinished files were removed", err=True)
+            typer.echo("canopy: interrupted; no unfinished file has its final name", err=True)
             raise typer.Exit(130) from None
 
 

@@ -8,7 +8,7 @@ windows happened to share its batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,7 +63,7 @@ def predict_sheet(
     wanted: Callable[[Box], NDArray[np.bool_]],
     stages: Stages,
     advance: Callable[[int], None],
-) -> Iterator[Prediction]:
+) -> Generator[Prediction, None, None]:
     """Heights and spreads of `box`, from the top, in strips.
 
     Args:
