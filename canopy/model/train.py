@@ -485,14 +485,15 @@ def fit(
             # Lightning's own deprecations, and its surprise at the checkpoints of the run that is resumed.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists")
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
             try:
-            trainer.fit(learner, ckpt_path=checkpoint, weights_only=True)
-        except SystemExit:
-            # Lightning answers Ctrl-C with an exit of its own, without a word.
-            if not trainer.interrupted:
-                raise
-            say(f"stopped at step {trainer.global_step} of {optim.steps}; go on with --resume {run}")
-            raise KeyboardInterrupt from None
+                trainer.fit(learner, ckpt_path=checkpoint, weights_only=True)
+            except SystemExit:
+                # Lightning answers Ctrl-C with an exit of its own, without a word.
+                if not trainer.interrupted:
+                    raise
+                say(f"stopped at step {trainer.global_step} of {optim.steps}; go on with --resume {run}")
+                raise KeyboardInterrupt from None
         if trainer.global_step < optim.steps:
             raise OutputError(f"training stopped at step {trainer.global_step} of {optim.steps}; go on with --resume {run}")
         trainer.save_checkpoint(run / "checkpoints" / LAST)
