@@ -61,24 +61,28 @@ def model_card(
         f"The random forest sees the colour and texture of {baselines.n} training pixels.",
         "",
         *_table(
-            ("site", "", "pixels", "MAE m", "RMSE m", "bias m", "R²", "MAE of the training mean m", "MAE of the forest m"),
+            ("site", "", "pixels", "", "MAE m", "RMSE m", "bias m", "R²"),
             [
                 (
-                    s.site,
-                    "" if s.seen else "unseen",
-                    str(s.model.n),
-                    _number(s.model.mae_m),
-                    _number(s.model.rmse_m),
-                    _number(s.model.bias_m, sign=True),
-                    _number(s.model.r2),
-                    _number(s.training_mean.mae_m),
-                    _number(s.forest.mae_m),
+                    s.site if first else "",
+                    "" if s.seen or not first else "unseen",
+                    str(s.model.n) if first else "",
+                    who,
+                    _number(sums.mae_m),
+                    _number(sums.rmse_m),
+                    _number(sums.bias_m, sign=True),
+                    _number(sums.r2),
                 )
                 for s in scores
+                for first, who, sums in (
+                    (True, "**model**", s.model),
+                    (False, "training mean", s.training_mean),
+                    (False, "random forest", s.forest),
+                )
             ],
         ),
         "",
-        "RMSE and R² of the baselines are in `model.toml`. By class of true height, MAE / bias in metres:",
+        "By class of true height, MAE / bias of the model in metres:",
         "",
         *_table(
             ("site", *(scores[0].classes.labels if scores else ())),
