@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from pyproj import CRS
 
 from canopy import __version__
-from canopy.errors import AreaError, ContractError, GridError, OutputError
-from canopy.grid import Box, Lattice, Layout, sheets_over
+from canopy.errors import AreaError, CanopyError, ContractError, GridError, OutputError
+from canopy.grid import Box, Lattice, Layout, sheets_over, utm_crs
 from canopy.mosaicker.publish import (
     BYTES_PER_PIXEL,
     ERROR_BANDS,
@@ -35,7 +35,7 @@ from canopy.mosaicker.publish import (
     stage_sheet,
     write_cog,
 )
-from canopy.tiler.imagery import ImageryInfo, inspect, open_imagery
+from canopy.tiler.imagery import ImageryInfo, ground_gsd_m, inspect, open_imagery
 
 if TYPE_CHECKING:
     import geopandas
@@ -128,6 +128,7 @@ def map_region(
 
     started, clock = datetime.now(UTC), time.perf_counter()
     info = inspect(Path(imagery))
+    _check_device(device)
     height_model = load_model(find_model(model), device=device)
     loaded_s = time.perf_counter() - clock
     plan = _plan(aoi, info, height_model.contract, gsd_m=gsd_m, crs=crs, bands=bands, sheet_px=sheet_px)
@@ -177,6 +178,13 @@ def _plan(
     layout = Layout(window_px=contract.window_px, stride_px=contract.stride_px)
     with open_imagery(info.path, lattice, bands) as source:
         image_box = source.box
+    on_ground_m = ground_gsd_m(lattice.grid(image_box))
+    if abs(on_ground_m / lattice.gsd_m - 1) > GSD_SLACK:
+        raise GridError(
+            f"pixels of {lattice.gsd_m:g} m in {lattice.crs.name!r} are {on_ground_m:.3g} m on the ground at {info.path}, "
+            f"more than {GSD_SLACK:.0%} off; choose a CRS made for that place with --crs, for example "
+            f"{utm_crs(info.centre_lon_deg, info.centre_lat_deg).to_string()}"
+        )
     area = _area(aoi, lattice.crs)
     box = image_box
     if area is not None:
@@ -193,6 +201,16 @@ def _plan(
         info=info, bands=tuple(bands) if bands is not None else None, lattice=lattice, layout=layout, box=box,
         sheets=sheets, area=area,
     )  # fmt: skip
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CanopyError(f"device {device!r} cannot be used ({reason}); give cpu, or cuda where there is a GPU") from error
 
 
 def _crs(text: CRS | str) -> CRS:

@@ -72,16 +72,17 @@ def inspect(path: Path) -> ImageryInfo:
     lon, lat = to_degrees.transform(*centre)
     if not (abs(lon) <= 360 and abs(lat) <= 90):  # infinite where the CRS ends; metres in a CRS of degrees
         raise RasterError(f"{path}: the centre {centre} lies outside the domain of {grid.crs.name!r}; assign the right CRS")
-    gsd_m = max(grid.gsd) if is_metric(grid.crs) else _gsd_on_the_ground_m(grid, lon, lat)
+    gsd_m = max(grid.gsd) if is_metric(grid.crs) else ground_gsd_m(grid)
     return ImageryInfo(
         path=path, grid=grid, band_count=band_count, dtype=dtype, gsd_m=gsd_m, centre_lon_deg=lon, centre_lat_deg=lat
     )
 
 
-def _gsd_on_the_ground_m(grid: Grid, lon: float, lat: float) -> float:
-    """The coarser side of the pixel at the grid's centre (lon, lat), in metres."""
+def ground_gsd_m(grid: Grid) -> float:
+    """The coarser side of the pixel at the grid's centre, in metres on the ground."""
     rows, cols = grid.shape
-    # A local azimuthal plane measures true metres whatever the unit or distortion of the image's own CRS.
+    lon, lat = Transformer.from_crs(grid.crs, "EPSG:4326", always_xy=True).transform(*grid.xy(cols / 2, rows / 2))
+    # A local azimuthal plane measures true metres whatever the unit or distortion of the grid's own CRS.
     local = CRS.from_proj4(f"+proj=aeqd +lat_0={lat} +lon_0={lon} +datum=WGS84 +units=m")
     to_local = Transformer.from_crs(grid.crs, local, always_xy=True)
     # The centre, its neighbour one pixel along the row and its neighbour one pixel down the column.
