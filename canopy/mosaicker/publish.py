@@ -174,10 +174,12 @@ def check_cog(path: Path, grid: Grid, band_names: Sequence[str]) -> None:
 def _vrt(
     parts: Sequence[tuple[Box, Path]], grid: Grid, box: Box, band_names: Sequence[str], tags: Mapping[str, str]
 ) -> bytes:
-    """A GDAL VRT (XML) that lays the parts side by side; they are disjoint, so none hides another."""
+    """A GDAL VRT (XML) that lays the parts side by side; they are disjoint or the same, so none hides another."""
     rows, cols = grid.shape
-    # Of several simple sources GDAL merges the statistics, weighted by percentages that it has rounded to 0.01: inexact.
-    kind = "SimpleSource" if len(parts) == 1 else "ComplexSource"
+    if len(parts) > 1:
+        # Of sources that lie side by side GDAL merges the statistics, weighted by percentages that it has rounded to
+        # 0.0001: they would be off in the seventh digit. Naming one part twice makes it look at the pixels instead.
+        parts = [min(parts, key=lambda part: math.prod(part[0].shape)), *parts]
     root = ET.Element("VRTDataset", rasterXSize=str(cols), rasterYSize=str(rows))
     ET.SubElement(root, "SRS").text = grid.crs.to_wkt()
     a, b, c, d, e, f = tuple(grid.transform)[:6]
@@ -191,7 +193,7 @@ def _vrt(
         ET.SubElement(band, "UnitType").text = "m"
         ET.SubElement(band, "NoDataValue").text = "nan"
         for part, path in parts:
-            source = ET.SubElement(band, kind)
+            source = ET.SubElement(band, "SimpleSource")
             ET.SubElement(source, "SourceFilename", relativeToVRT="0").text = str(path.resolve())
             ET.SubElement(source, "SourceBand").text = str(index)
             height, width = part.shape
