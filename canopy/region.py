@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from pyproj import CRS
 
@@ -236,15 +237,18 @@ def _area(aoi: Path | BoundsLonLat | None, crs: CRS) -> geopandas.GeoSeries | No
                 f"bbox {aoi} is not west < east, south < north in degrees; for example -123.08 44.04 -123.06 44.05"
             )
         series = geopandas.GeoSeries([shapely.box(west, south, east, north)], crs="EPSG:4326")
-        # A straight line in degrees is a curve in metres; 100 m is far below any difference that shows in a pixel mask.
-        series = series.segmentize(max((east - west) / 100, 0.001))
     else:
         series = _read_area(Path(aoi))
-    polygons = series[~(series.is_empty | series.isna())].explode(ignore_index=True)
-    polygons = polygons[polygons.geom_type == "Polygon"]
-    if polygons.empty:
+    parts = series[~(series.is_empty | series.isna())].explode(ignore_index=True)
+    if parts.empty:
         raise AreaError(f"the area of interest {aoi} holds no polygon; give one with at least one polygon")
-    projected = polygons.to_crs(crs)
+    others = parts[parts.geom_type != "Polygon"]
+    if not others.empty:
+        raise AreaError(f"the area of interest {aoi} holds a {others.geom_type.iloc[0]}; give polygons only")
+    if parts.crs.is_geographic:
+        # A straight line in degrees is a curve in metres: between points 0.001 degrees apart the two differ by millimetres.
+        parts = parts.segmentize(max(0.001, *(parts.bounds.maxx - parts.bounds.minx) / 1000))
+    projected = parts.to_crs(crs)
     if not np.isfinite(projected.total_bounds).all():
         raise AreaError(f"the area of interest {aoi} reaches outside the domain of {crs.name!r}; choose another --crs")
     invalid = ~projected.is_valid
@@ -377,13 +381,18 @@ def _work_folder(out: Path, *, overwrite: bool, need_bytes: int) -> Any:
         raise OutputError(f"{out} is not empty (it holds {others[0]}); choose another folder or pass --overwrite")
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        if work.exists():  # a run that was killed; its work cannot be told from that of other settings
-            shutil.rmtree(work)
-        work.mkdir(parents=True)
+        work.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(work / "lock")
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise OutputError(f"another run is writing to {out}; wait for it, or choose another folder") from error
     except OSError as error:
         raise OutputError(f"cannot create {work} ({error.strerror}); choose another folder") from error
     finished = False
     try:
+        for left in work.iterdir():  # by a run that was killed; its work cannot be told from that of other settings
+            if left.name != "lock":
+                left.unlink()
         free = shutil.disk_usage(work).free
         if free < need_bytes:
             raise OutputError(
@@ -394,6 +403,7 @@ def _work_folder(out: Path, *, overwrite: bool, need_bytes: int) -> Any:
         finished = True
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        lock.release()
         if missing and not finished:
             for name in _RESULTS:
                 (out / name).unlink(missing_ok=True)

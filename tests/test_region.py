@@ -251,6 +251,26 @@ def test_a_failing_run_leaves_what_was_there(image, tiny_model, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
+def test_a_second_run_into_the_same_folder_stops(image, tiny_model, whole, tmp_path):
+    refused = []
+
+    def start_another(done, total):
+        with pytest.raises(OutputError, match="another run is writing") as error:
+            map_region(imagery=image, model=tiny_model, out=tmp_path / "out", overwrite=True)
+        refused.append(error)
+
+    result = map_region(imagery=image, model=tiny_model, out=tmp_path / "out", progress=start_another)
+    assert refused
+    assert result.height.read_bytes() == whole.height.read_bytes(), "the refused run changed the other's work"
+
+
+def test_what_is_no_polygon_is_not_dropped_in_silence(image, tiny_model, tmp_path):
+    area = area_file(tmp_path / "area.gpkg", [square(INNER), square(INNER).centroid])
+    with pytest.raises(AreaError, match="holds a Point; give polygons only"):
+        map_region(area, imagery=image, model=tiny_model, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_put_beside_a_failing_run_is_kept(image, tiny_model, tmp_path):
     def stop(done, total):
         (tmp_path / "out" / "notes.txt").write_text("mine")
