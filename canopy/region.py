@@ -12,6 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -137,11 +138,22 @@ def map_region(
     with _work_folder(out, overwrite=overwrite, need_bytes=BYTES_PER_PIXEL * math.prod(plan.box.shape)) as work:
         staged, stages, resampled = _run_sheets(plan, height_model, work, progress)
         tags = _tags(plan, height_model.contract, resampled)
-        with stages.time("publish"):
-            for name, names in (("height.tif", HEIGHT_BANDS), ("error.tif", ERROR_BANDS)):
-                kind = name.removesuffix(".tif")
-                parts = [(sheet.box, getattr(sheet, kind)) for sheet in staged]
-                write_cog(work / name, parts, lattice=plan.lattice, box=plan.box, band_names=names, tags=tags)
+        with stages.time("publish"), ThreadPoolExecutor(max_workers=2, thread_name_prefix="publish") as publishers:
+            # GDAL compresses on all cores but reads, averages and counts on one, so the two files keep two cores busy.
+            jobs = [
+                publishers.submit(
+                    write_cog,
+                    work / f"{kind}.tif",
+                    [(sheet.box, getattr(sheet, kind)) for sheet in staged],
+                    lattice=plan.lattice,
+                    box=plan.box,
+                    band_names=names,
+                    tags=tags,
+                )
+                for kind, names in (("height", HEIGHT_BANDS), ("error", ERROR_BANDS))
+            ]
+            for job in jobs:
+                job.result()
         stages.seconds = {"load model": loaded_s, **stages.seconds}
         wall_s = time.perf_counter() - clock
         record = _record(plan, height_model, stages, tags, started=started, wall_s=wall_s)

@@ -349,7 +349,7 @@ BAD = [
     (area_outside, ["area of interest", "outside"]),
     (area_elsewhere, ["area of interest", "outside"]),
     (area_empty, ["no polygon"]),
-    (area_of_points, ["no polygon"]),
+    (area_of_points, ["holds a Point", "polygons only"]),
     (area_of_empty_polygons, ["no polygon"]),
     (area_without_crs, ["CRS"]),
     (area_parquet_without_crs, ["CRS"]),
