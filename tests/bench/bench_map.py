@@ -20,7 +20,9 @@ from canopy.simulate import simulate_scene
 SAMPLE = Path(__file__).parents[2] / "models" / "canopy-sample"
 TARGET = 1.15
 """For ViT-S + DPT, window 448, stride 336, the model that the design's table of peers was measured with."""
-SIDE_PX = 1500
+SCENE_PX = 1250
+SIDE_PX = 2 * SCENE_PX
+"""2.25 km²: on much less, loading the model and warming up its kernels would be what is measured."""
 LATTICE = Lattice(crs=CRS.from_epsg(32610), gsd_m=0.6)
 BOX = Box(-8_130_000, 823_000, -8_130_000 + SIDE_PX, 823_000 + SIDE_PX)
 
@@ -29,7 +31,8 @@ BOX = Box(-8_130_000, 823_000, -8_130_000 + SIDE_PX, 823_000 + SIDE_PX)
 def photo(tmp_path_factory):
     path = tmp_path_factory.mktemp("photo") / "image.tif"
     grid = LATTICE.grid(BOX)
-    write_raster(path, simulate_scene(grid=grid, seed=5).image, grid=grid)
+    scene = simulate_scene(grid=grid.crop(0, 0, (SCENE_PX, SCENE_PX)), seed=5).image
+    write_raster(path, np.tile(scene, (1, 2, 2)), grid=grid)
     return path
 
 
