@@ -21,6 +21,7 @@ from canopy.mosaicker.publish import (
     QUANTUM_M,
     check_cog,
     error_bands,
+    halve,
     open_map,
     quantise,
     stage_sheet,
@@ -139,7 +140,7 @@ def test_statistics_are_exact_and_inside_the_file(out, name, names):
 
 @FILES
 def test_overviews_are_means_of_the_valid_pixels(out, name, names):
-    """NaN has no part in a mean; a block of four is NaN only when all four are."""
+    """NaN has no part in a mean, a block of four is NaN only when all four are, and means are on the quantum as heights are."""
     fine = truth(name)
     with rasterio.open(out / name, overview_level=0) as dataset:
         coarse = dataset.read()
@@ -147,7 +148,27 @@ def test_overviews_are_means_of_the_valid_pixels(out, name, names):
     blocks = fine[:, : rows * 2, : cols * 2].reshape(count, rows, 2, cols, 2).swapaxes(2, 3).reshape(count, rows, cols, 4)
     some = np.isfinite(blocks).any(axis=-1)
     np.testing.assert_array_equal(np.isfinite(coarse), some)
-    np.testing.assert_allclose(coarse[some], np.nanmean(blocks[some].astype(float), axis=-1), rtol=1e-6)
+    np.testing.assert_array_equal(coarse[some], quantise(np.nanmean(blocks[some].astype(float), axis=-1)))
+
+
+def test_the_second_overview_halves_the_first(out):
+    with rasterio.open(out / "error.tif", overview_level=0) as dataset:
+        first = dataset.read()
+    with rasterio.open(out / "error.tif", overview_level=1) as dataset:
+        np.testing.assert_array_equal(dataset.read(), halve(first))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 5), (4, 4)])
+def test_halving_keeps_odd_edges(shape):
+    heights_m = quantise(np.random.default_rng(3).random((2, *shape)) * 40)
+    heights_m[0, 0, 0] = np.nan
+    coarse = halve(heights_m)
+    assert coarse.shape == (2, (shape[0] + 1) // 2, (shape[1] + 1) // 2)
+    for band, row, col in np.ndindex(coarse.shape):
+        block = heights_m[band, 2 * row : 2 * row + 2, 2 * col : 2 * col + 2].astype(float)
+        known = block[np.isfinite(block)]
+        expected = quantise(known.mean()) if known.size else np.nan
+        np.testing.assert_array_equal(coarse[band, row, col], expected)
 
 
 def test_a_map_in_sheets_is_the_map_in_one(tmp_path, out):
