@@ -19,7 +19,7 @@ from canopy.simulate import simulate_scene
 
 SAMPLE = Path(__file__).parents[2] / "models" / "canopy-sample"
 TARGET = 1.15
-"""For ViT-S + DPT, window 448, stride 336, the model that the design's table of peers was measured with."""
+"""For both; ViT-S + DPT, window 448, stride 336 is the model that the design's table of peers was measured with."""
 TURNS = 3
 SCENE_PX = 1000
 SIDE_PX = 2 * SCENE_PX
@@ -92,5 +92,5 @@ def test_map_over_the_bare_vit(photo, tmp_path):
 
 @pytest.mark.bench
 def test_map_over_the_bare_sample_model(photo, tmp_path):
-    """Printed, not held to the target: this model costs so little per pixel that writing the COGs is a sixth of its time."""
-    assert ratio_to_bare(SAMPLE, photo, tmp_path / "out") > 0
+    """So light that writing the COGs is a tenth of its time."""
+    assert ratio_to_bare(SAMPLE, photo, tmp_path / "out") <= TARGET

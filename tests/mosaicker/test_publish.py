@@ -140,7 +140,7 @@ def test_statistics_are_exact_and_inside_the_file(out, name, names):
 
 @FILES
 def test_overviews_are_means_of_the_valid_pixels(out, name, names):
-    """NaN has no part in a mean, a block of four is NaN only when all four are, and means are on the quantum as heights are."""
+    """NaN has no part in a mean, a block of four is NaN only when all four are, and means are on the quantum."""
     fine = truth(name)
     with rasterio.open(out / name, overview_level=0) as dataset:
         coarse = dataset.read()
