@@ -88,6 +88,8 @@ class _Plan:
     sheets: tuple[Box, ...]
     area: geopandas.GeoSeries | None
     """The area of interest in the lattice's CRS; None: the whole image."""
+    resampled: str
+    """How the image's pixels become lattice pixels."""
 
 
 def map_region(
@@ -136,8 +138,8 @@ def map_region(
     plan = _plan(aoi, info, height_model.contract, gsd_m=gsd_m, crs=crs, bands=bands, sheet_px=sheet_px)
     out = Path(out)
     with _work_folder(out, overwrite=overwrite, need_bytes=BYTES_PER_PIXEL * math.prod(plan.box.shape)) as work:
-        staged, stages, resampled = _run_sheets(plan, height_model, work, progress)
-        tags = _tags(plan, height_model.contract, resampled)
+        staged, stages = _run_sheets(plan, height_model, work, progress)
+        tags = _tags(plan, height_model.contract)
         with stages.time("publish"), ThreadPoolExecutor(max_workers=2, thread_name_prefix="publish") as publishers:
             # GDAL compresses on all cores but reads, averages and counts on one, so the two files keep two cores busy.
             jobs = [
@@ -190,7 +192,7 @@ def _plan(
     lattice = Lattice(crs=_crs(crs) if crs is not None else info.metric_crs, gsd_m=map_gsd_m)
     layout = Layout(window_px=contract.window_px, stride_px=contract.stride_px)
     with open_imagery(info.path, lattice, bands) as source:
-        image_box = source.box
+        image_box, resampled = source.box, source.resampled
     on_ground_m = ground_gsd_m(lattice.grid(image_box))
     if abs(on_ground_m / lattice.gsd_m - 1) > GSD_SLACK:
         raise GridError(
@@ -212,7 +214,7 @@ def _plan(
     sheets = (box,) if max(box.shape) <= sheet_px else tuple(sheets_over(box, sheet_px))
     return _Plan(
         info=info, bands=tuple(bands) if bands is not None else None, lattice=lattice, layout=layout, box=box,
-        sheets=sheets, area=area,
+        sheets=sheets, area=area, resampled=resampled,
     )  # fmt: skip
 
 
@@ -308,9 +310,7 @@ def _inside(area: geopandas.GeoSeries | None, lattice: Lattice, box: Box) -> NDA
 # --- running -------------------------------------------------------------------------------------------------------------
 
 
-def _run_sheets(
-    plan: _Plan, model: HeightModel, work: Path, progress: Progress | None
-) -> tuple[list[StagedSheet], Stages, str]:
+def _run_sheets(plan: _Plan, model: HeightModel, work: Path, progress: Progress | None) -> tuple[list[StagedSheet], Stages]:
     from canopy.mosaicker.predict import Stages
 
     stages = Stages()
@@ -332,10 +332,9 @@ def _run_sheets(
             part, found = _run_sheet(plan, sheet, model=model, source=source, work=work, stages=stages, advance=advance)
             staged.append(part)
             has_height = has_height or found
-        resampled = source.resampled
     if not has_height:
         raise AreaError(f"{plan.info.path} has no valid pixel in the area of interest; choose an area that the image covers")
-    return staged, stages, resampled
+    return staged, stages
 
 
 def _run_sheet(
@@ -427,7 +426,7 @@ def _work_folder(out: Path, *, overwrite: bool, need_bytes: int) -> Any:
 # --- what the run says about itself ----------------------------------------------------------------------------------------
 
 
-def _tags(plan: _Plan, contract: Contract, resampled: str) -> dict[str, str]:
+def _tags(plan: _Plan, contract: Contract) -> dict[str, str]:
     """Tags of both files: what the numbers mean and what they come from. No dates: the same run gives the same bytes."""
     calibration = contract.calibration
     if calibration is None:
@@ -443,7 +442,7 @@ def _tags(plan: _Plan, contract: Contract, resampled: str) -> dict[str, str]:
         "CANOPY_MODEL_SHA256": contract.weights_sha256,
         "CANOPY_CALIBRATION": promise,
         "CANOPY_IMAGERY": plan.info.path.name,
-        "CANOPY_IMAGERY_RESAMPLING": resampled,
+        "CANOPY_IMAGERY_RESAMPLING": plan.resampled,
         "CANOPY_WINDOW_PX": f"{plan.layout.window_px} every {plan.layout.stride_px}",
     }
 
@@ -462,7 +461,7 @@ def _record(
         "started": started.isoformat(timespec="seconds"),
         "imagery": {
             "path": str(plan.info.path), "gsd_m": plan.info.gsd_m, "dtype": plan.info.dtype, "bands": plan.bands,
-            "crs": plan.info.grid.crs.to_string(), "resampling": tags["CANOPY_IMAGERY_RESAMPLING"],
+            "crs": plan.info.grid.crs.to_string(), "resampling": plan.resampled,
         },
         "model": {
             "name": model.contract.name, "version": model.contract.version, "weights_sha256": model.contract.weights_sha256,

@@ -91,7 +91,12 @@ def predict_sheet(
                 ahead = reader.submit(band.read, *layout.window_span(row + 1))
             row0, row1 = layout.window_span(row)
             strip_box = Box(row0, col0, row1, col1)
-            due = _due(layout, row, cols, box=box, strip_box=strip_box, valid=pixels.valid, wanted=wanted)
+            usable = np.zeros(strip_box.shape, bool)
+            part = strip_box.intersect(box)
+            assert part is not None, f"window row {row} does not touch {box}"
+            place = part.slices_in(strip_box)
+            usable[place] = pixels.valid[place] & wanted(part)
+            due = [col for col in cols if usable[_support(layout, row, col, box).slices_in(strip_box)].any()]
             for start in range(0, len(due), batch):
                 _run(
                     model, layout, blend, row, due[start : start + batch],
@@ -104,24 +109,11 @@ def predict_sheet(
                 yield Prediction(strip=strip, valid=pixels.valid[strip.box.slices_in(strip_box)])
 
 
-def _due(
-    layout: Layout,
-    row: int,
-    cols: range,
-    *,
-    box: Box,
-    strip_box: Box,
-    valid: NDArray[np.bool_],
-    wanted: Callable[[Box], NDArray[np.bool_]],
-) -> list[int]:
-    """Columns of the windows in this row that have weight on a valid pixel that is wanted."""
-    due = []
-    for col in cols:
-        support = layout.support_box(row, col).intersect(box)
-        assert support is not None, f"window {(row, col)} has no weight in {box}"
-        if (valid[support.slices_in(strip_box)] & wanted(support)).any():
-            due.append(col)
-    return due
+def _support(layout: Layout, row: int, col: int, box: Box) -> Box:
+    """The part of `box` in which a window has weight."""
+    support = layout.support_box(row, col).intersect(box)
+    assert support is not None, f"window {(row, col)} has no weight in {box}"
+    return support
 
 
 def _run(

@@ -149,7 +149,6 @@ def write_cog(
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
-        part.with_name(part.name + ".ovr.tmp").unlink(missing_ok=True)  # GDAL's own, left when it is interrupted
         for path in (vrt, *out.parent.glob(f"{vrt.name}.*.tif")):
             path.unlink(missing_ok=True)
 

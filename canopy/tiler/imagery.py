@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pyproj import CRS, Transformer
@@ -144,7 +144,7 @@ class LocalImagery:
             self._tiles.move_to_end((row, col))
             return self._tiles[row, col]
         target = self.lattice.grid(box)
-        cols, rows = self._image_coordinates(box)
+        cols, rows = self._grid.pixel(*self._to_image.transform(*_edges(target, _EDGE_STEPS)))
         # The kernel reaches one source pixel, or as many as one target pixel spans; the tile's own span says how many.
         span = max(np.ptp(cols), np.ptp(rows)) / WARP_TILE_PX
         margin = 2 * math.ceil(max(span, 1.0)) + 2
@@ -155,28 +155,22 @@ class LocalImagery:
         self._tiles[row, col] = pixels
         return pixels
 
-    def _image_coordinates(self, box: Box) -> tuple[np.ndarray, np.ndarray]:
-        """(cols, rows) in the image of points along the edges of a lattice box."""
-        t = np.linspace(0.0, 1.0, _EDGE_STEPS)
-        rows, cols = box.shape
-        edge_cols = np.concatenate([t, t, 0 * t, 0 * t + 1]) * cols
-        edge_rows = np.concatenate([0 * t, 0 * t + 1, t, t]) * rows
-        xs, ys = self.lattice.grid(box).xy(edge_cols, edge_rows)
-        return self._grid.pixel(*self._to_image.transform(xs, ys))
-
     def _covering_box(self) -> Box:
-        rows, cols = self._grid.shape
-        t = np.linspace(0.0, 1.0, 4 * _EDGE_STEPS)
-        edge_cols = np.concatenate([t, t, 0 * t, 0 * t + 1]) * cols
-        edge_rows = np.concatenate([0 * t, 0 * t + 1, t, t]) * rows
-        xs, ys = self._grid.xy(edge_cols, edge_rows)
         back = Transformer.from_crs(self._grid.crs, self.lattice.crs, always_xy=True)
-        xs, ys = back.transform(xs, ys)
+        xs, ys = back.transform(*_edges(self._grid, 4 * _EDGE_STEPS))
         if not (np.isfinite(xs).all() and np.isfinite(ys).all()):
             raise GridError(
                 f"{self._raster.path} reaches outside the domain of {self.lattice.crs.name!r}; choose another CRS with --crs"
             )
         return self.lattice.covering((xs.min(), ys.min(), xs.max(), ys.max()))
+
+
+def _edges(grid: Grid, steps: int) -> tuple[Any, Any]:
+    """CRS coordinates (xs, ys) of `steps` points along each of the four edges of a grid."""
+    rows, cols = grid.shape
+    t = np.linspace(0.0, 1.0, steps)
+    low, high = np.zeros(steps), np.ones(steps)
+    return grid.xy(np.concatenate([t, t, low, high]) * cols, np.concatenate([low, high, t, t]) * rows)
 
 
 @contextmanager
