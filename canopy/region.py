@@ -54,6 +54,10 @@ GSD_SLACK = 0.05
 GAUSSIAN_90 = 1.6449
 """Half-width of the central 90 % of a normal distribution in standard deviations, for models without a calibration."""
 
+AREA_TILE_PX = 512
+"""Side of the lattice-fixed tiles in which an area becomes a mask. Where its edge runs through a pixel's centre a rounding
+decides, and rounds differently from another corner; from the corner of a fixed tile it is always the same."""
+
 _WORK = ".canopy-work"
 _RESULTS = ("height.tif", "error.tif", "run.json")
 
@@ -302,9 +306,14 @@ def _inside(area: geopandas.GeoSeries | None, lattice: Lattice, box: Box) -> NDA
         return np.ones(box.shape, bool)
     from rasterio.features import rasterize
 
-    grid = lattice.grid(box)
-    burnt = rasterize(area, out_shape=box.shape, transform=grid.transform, fill=0, default_value=1, dtype="uint8")
-    return np.asarray(burnt > 0)
+    inside = np.zeros(box.shape, bool)
+    for part in sheets_over(box, AREA_TILE_PX):
+        row0, col0 = part.row0 // AREA_TILE_PX * AREA_TILE_PX, part.col0 // AREA_TILE_PX * AREA_TILE_PX
+        tile = Box(row0, col0, row0 + AREA_TILE_PX, col0 + AREA_TILE_PX)
+        transform = lattice.grid(tile).transform
+        burnt = rasterize(area, out_shape=tile.shape, transform=transform, fill=0, default_value=1, dtype="uint8")
+        inside[part.slices_in(box)] = burnt[part.slices_in(tile)] > 0
+    return inside
 
 
 # --- running -------------------------------------------------------------------------------------------------------------

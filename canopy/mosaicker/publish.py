@@ -42,8 +42,9 @@ _STRIP_PX = 128
 HEIGHT_BANDS = ("height_m",)
 ERROR_BANDS = ("error_90_m", "lower_90_m", "upper_90_m")
 
-BYTES_PER_PIXEL = 4 * (1 + 3) * 2
-"""Disk that a run needs at its peak: four staged float32 bands, and at worst as much again for the COGs being built."""
+BYTES_PER_PIXEL = 43
+"""Disk that a run needs at its peak: four staged float32 bands and a third more for their overviews, 16 * 4/3 bytes, and at
+worst as much again for the COGs being built."""
 
 
 def quantise(height_m: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
