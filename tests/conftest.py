@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.servers import file_server, serve_folder, stac_api  # noqa: F401 - fixtures for all tests
+
 # Time limits per example would fail on a busy machine without saying anything about the code.
 settings.register_profile("default", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("default"), max_examples=1000, derandomize=True)
