@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from pyproj import CRS, Transformer
 from pyproj.exceptions import ProjError
 
@@ -26,8 +27,49 @@ from canopy.raster import Pixels, Raster, open_raster, warp
 WARP_TILE_PX = 512
 """Side of the warp tiles. Larger tiles warp no faster per pixel; smaller ones re-read more of the kernel's margin."""
 
+NO_DATE = np.int32(np.iinfo(np.int32).min)
+"""The day of a pixel that has none: its date is unknown, or there is no imagery."""
+
 _EDGE_STEPS = 16
 """Points per tile edge that are carried into the image's CRS to find what the tile needs of it."""
+
+
+class Imagery(Protocol):
+    """Imagery on a lattice, wherever it comes from: one file, many files, the items of a catalogue.
+
+    Open for as long as its context manager is, for one thread at a time. What `read` and `days` say of a pixel depends on
+    the imagery and the lattice, never on the box that was asked for.
+    """
+
+    @property
+    def lattice(self) -> Lattice:
+        """The pixels that are delivered."""
+
+    @property
+    def box(self) -> Box:
+        """The lattice pixels that the imagery touches; outside, all is invalid."""
+
+    @property
+    def bands(self) -> tuple[int | str, ...]:
+        """1-based indices or names, in the order delivered."""
+
+    @property
+    def dtype(self) -> str:
+        """Data type of the pixels."""
+
+    @property
+    def resampled(self) -> str:
+        """How the sources' pixels became lattice pixels: "none", or the kernel's name."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The files or items that the pixels are taken from."""
+
+    def read(self, box: Box) -> Pixels:
+        """The pixels of `box` as (band, row, col); where there is no imagery they are 0 (NaN for floats) and invalid."""
+
+    def days(self, box: Box) -> NDArray[np.int32]:
+        """(row, col) days since 1970-01-01 of the scene each pixel came from; `NO_DATE` where unknown or invalid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +146,7 @@ class LocalImagery:
         if bad := [b for b in self.bands if not 1 <= b <= raster.count]:
             raise RasterError(f"{raster.path} has bands 1-{raster.count}, not {bad}; choose others with --bands")
         self.dtype = raster.dtype
+        self.sources = (str(raster.path),)
         self._raster = raster
         self._grid = raster.grid
         native = lattice.box_of(self._grid)
@@ -138,6 +181,10 @@ class LocalImagery:
         while len(self._tiles) > 2 * len(tile_cols) * len(tile_rows):
             self._tiles.popitem(last=False)
         return Pixels(data=data, valid=valid)
+
+    def days(self, box: Box) -> NDArray[np.int32]:
+        """(row, col) days since 1970-01-01, or `NO_DATE`."""
+        return np.full(box.shape, NO_DATE, np.int32)
 
     def _tile(self, row: int, col: int, box: Box) -> Pixels:
         if (row, col) in self._tiles:
