@@ -37,6 +37,7 @@ from canopy.mosaicker.publish import (
     stage_sheet,
     write_cog,
 )
+from canopy.tiler.area import Area, BoundsLonLat, area_mask, as_area
 from canopy.tiler.imagery import ImageryInfo, ground_gsd_m, inspect, open_imagery
 
 if TYPE_CHECKING:
@@ -54,18 +55,11 @@ GSD_SLACK = 0.05
 GAUSSIAN_90 = 1.6449
 """Half-width of the central 90 % of a normal distribution in standard deviations, for models without a calibration."""
 
-AREA_TILE_PX = 512
-"""Side of the lattice-fixed tiles in which an area becomes a mask. Where its edge runs through a pixel's centre a rounding
-decides, and rounds differently from another corner; from the corner of a fixed tile it is always the same."""
-
 _WORK = ".canopy-work"
 _RESULTS = ("height.tif", "error.tif", "run.json")
 
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
-
-BoundsLonLat = tuple[float, float, float, float]
-"""(west, south, east, north) in degrees."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +91,7 @@ class _Plan:
 
 
 def map_region(
-    aoi: Path | BoundsLonLat | None = None,
+    aoi: Area | Path | BoundsLonLat | None = None,
     *,
     imagery: Path,
     model: Path | str,
@@ -113,8 +107,8 @@ def map_region(
     """Map canopy height and its error over an area.
 
     Args:
-        aoi: Area of interest: a vector file in any CRS, (west, south, east, north) in degrees, or None for the whole
-            image. Only pixels whose centre lies inside get a value; the model sees the imagery around them all the same.
+        aoi: Area of interest: an `Area`, a vector file in any CRS, (west, south, east, north) in degrees, or None for the
+            whole image. Only pixels whose centre lies inside get a value; the model sees the imagery around them too.
         imagery: A raster file with a CRS.
         model: A model folder, or the name of one.
         out: Folder for the results; created, and refused when it holds anything, unless `overwrite`.
@@ -176,7 +170,7 @@ def map_region(
 
 
 def _plan(
-    aoi: Path | BoundsLonLat | None,
+    aoi: Area | Path | BoundsLonLat | None,
     info: ImageryInfo,
     contract: Contract,
     *,
@@ -204,13 +198,14 @@ def _plan(
             f"more than {GSD_SLACK:.0%} off; choose a CRS made for that place with --crs, for example "
             f"{utm_crs(info.centre_lon_deg, info.centre_lat_deg).to_string()}"
         )
-    area = _area(aoi, lattice.crs)
+    wanted = None if aoi is None else as_area(aoi)
+    area = None if wanted is None else wanted.polygons_in(lattice.crs)
     box = image_box
     if area is not None:
         covered = lattice.covering(tuple(area.total_bounds)).intersect(image_box)
         if covered is None:
             raise AreaError(
-                f"the area of interest ({_degrees(area)}) lies outside {info.path} "
+                f"the area of interest ({wanted}) lies outside {info.path} "
                 f"(centre {info.centre_lon_deg:.4f}, {info.centre_lat_deg:.4f}); check its CRS and coordinates"
             )
         box = covered
@@ -239,81 +234,6 @@ def _crs(text: CRS | str) -> CRS:
         return CRS.from_user_input(text)
     except CRSError as error:
         raise GridError(f"CRS {text!r} is not known; give for example EPSG:32610") from error
-
-
-def _area(aoi: Path | BoundsLonLat | None, crs: CRS) -> geopandas.GeoSeries | None:
-    """The area of interest as polygons in `crs`."""
-    if aoi is None:
-        return None
-    import geopandas
-    import shapely
-
-    if isinstance(aoi, tuple):
-        west, south, east, north = aoi
-        if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
-            raise AreaError(
-                f"bbox {aoi} is not west < east, south < north in degrees; for example -123.08 44.04 -123.06 44.05"
-            )
-        series = geopandas.GeoSeries([shapely.box(west, south, east, north)], crs="EPSG:4326")
-    else:
-        series = _read_area(Path(aoi))
-    parts = series[~(series.is_empty | series.isna())].explode(ignore_index=True)
-    if parts.empty:
-        raise AreaError(f"the area of interest {aoi} holds no polygon; give one with at least one polygon")
-    others = parts[parts.geom_type != "Polygon"]
-    if not others.empty:
-        raise AreaError(f"the area of interest {aoi} holds a {others.geom_type.iloc[0]}; give polygons only")
-    if parts.crs.is_geographic:
-        # A straight line in degrees is a curve in metres: between points 0.001 degrees apart the two differ by millimetres.
-        parts = parts.segmentize(max(0.001, *(parts.bounds.maxx - parts.bounds.minx) / 1000))
-    projected = parts.to_crs(crs)
-    if not np.isfinite(projected.total_bounds).all():
-        raise AreaError(f"the area of interest {aoi} reaches outside the domain of {crs.name!r}; choose another --crs")
-    invalid = ~projected.is_valid
-    if invalid.any():
-        reason = shapely.is_valid_reason(projected[invalid].iloc[0])
-        raise AreaError(f"the area of interest {aoi} has an invalid polygon ({reason}); repair its geometry first")
-    return projected
-
-
-def _read_area(path: Path) -> geopandas.GeoSeries:
-    import geopandas
-    import pyarrow as pa
-    from pyogrio.errors import DataSourceError
-
-    if not path.exists():
-        raise AreaError(f"the area of interest {path} does not exist; check the path")
-    try:
-        frame = geopandas.read_parquet(path) if path.suffix == ".parquet" else geopandas.read_file(path)
-    except (DataSourceError, pa.ArrowInvalid, ValueError) as error:
-        raise AreaError(f"the area of interest {path} cannot be read; give GeoJSON, GeoPackage or GeoParquet") from error
-    series = getattr(frame, "geometry", None) if isinstance(frame, geopandas.GeoDataFrame) else None
-    if series is None:
-        raise AreaError(f"the area of interest {path} holds no geometry; give one with at least one polygon")
-    if series.crs is None:
-        raise AreaError(f"the area of interest {path} has no CRS; assign the right one first")
-    return series
-
-
-def _degrees(area: geopandas.GeoSeries) -> str:
-    west, south, east, north = area.to_crs("EPSG:4326").total_bounds
-    return f"longitude {west:.4f} to {east:.4f}, latitude {south:.4f} to {north:.4f}"
-
-
-def _inside(area: geopandas.GeoSeries | None, lattice: Lattice, box: Box) -> NDArray[np.bool_]:
-    """(row, col) True where the pixel's centre lies in the area."""
-    if area is None:
-        return np.ones(box.shape, bool)
-    from rasterio.features import rasterize
-
-    inside = np.zeros(box.shape, bool)
-    for part in sheets_over(box, AREA_TILE_PX):
-        row0, col0 = part.row0 // AREA_TILE_PX * AREA_TILE_PX, part.col0 // AREA_TILE_PX * AREA_TILE_PX
-        tile = Box(row0, col0, row0 + AREA_TILE_PX, col0 + AREA_TILE_PX)
-        transform = lattice.grid(tile).transform
-        burnt = rasterize(area, out_shape=tile.shape, transform=transform, fill=0, default_value=1, dtype="uint8")
-        inside[part.slices_in(box)] = burnt[part.slices_in(tile)] > 0
-    return inside
 
 
 # --- running -------------------------------------------------------------------------------------------------------------
@@ -364,7 +284,7 @@ def _run_sheet(
     has_height = False
 
     def wanted(box: Box) -> NDArray[np.bool_]:
-        return _inside(plan.area, plan.lattice, box)
+        return area_mask(plan.area, plan.lattice, box)
 
     with ExitStack() as stack:
         staged, writer = stack.enter_context(stage_sheet(work, plan.lattice, sheet))

@@ -267,7 +267,6 @@ class FileServer:
                     if start >= size or stop <= start:
                         self._send(416, b"", {"Content-Range": f"bytes */{size}"})
                         return
-                kind = "application/json" if file.suffix in {".json", ".geojson"} else "application/octet-stream"
                 headers = {
                     "Accept-Ranges": "bytes",
                     "Last-Modified": formatdate(file.stat().st_mtime, usegmt=True),

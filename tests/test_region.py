@@ -15,7 +15,8 @@ from canopy.errors import AreaError, CanopyError, OutputError
 from canopy.grid import Box, Grid, Lattice
 from canopy.model.package import load_model
 from canopy.raster import read_raster, write_raster
-from canopy.region import _inside, map_region
+from canopy.region import map_region
+from canopy.tiler.area import area_mask
 from canopy.tiler.imagery import open_imagery
 
 UTM = CRS.from_epsg(32610)
@@ -210,10 +211,10 @@ def test_an_area_is_the_same_in_every_box(data):
     if ring.geom_type != "Polygon":
         return
     area = geopandas.GeoSeries([ring], crs=UTM)
-    whole = _inside(area, LATTICE, BOX)
+    whole = area_mask(area, LATTICE, BOX)
     row, col = data.draw(st.integers(BOX.row0, BOX.row1 - 1)), data.draw(st.integers(BOX.col0, BOX.col1 - 1))
     part = Box(row, col, data.draw(st.integers(row + 1, BOX.row1)), data.draw(st.integers(col + 1, BOX.col1)))
-    np.testing.assert_array_equal(_inside(area, LATTICE, part), whole[part.slices_in(BOX)])
+    np.testing.assert_array_equal(area_mask(area, LATTICE, part), whole[part.slices_in(BOX)])
 
 
 # --- refusals that the command line shares (test_cli has the rest) -------------------------------------------------------
