@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
-    {"errors", "grid", "raster", "metrics"},
+    {"errors", "settings", "grid", "raster", "metrics"},
     {"tiler", "simulate"},
     {"model"},
     {"mosaicker"},
@@ -31,7 +31,7 @@ LAYERS = (
 
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
-TORCH_FREE = ("errors", "grid", "raster", "metrics", "tiler", "mosaicker.blend", "mosaicker.publish")
+TORCH_FREE = ("errors", "settings", "grid", "raster", "metrics", "tiler", "mosaicker.blend", "mosaicker.publish")
 TORCH_FAMILY = {
     "torch",
     "torchvision",

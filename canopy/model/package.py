@@ -25,7 +25,7 @@ import numpy as np
 import tomli_w
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,6 +36,7 @@ from canopy.grid import Layout
 from canopy.model.calibration import CalibrationTable
 from canopy.model.distribution import HeightDistribution
 from canopy.model.network import HeightNetwork, NetworkConfig
+from canopy.settings import read_settings
 
 CONTRACT, WEIGHTS, CARD, FIXTURE = FILES = ("model.toml", "weights.safetensors", "card.md", "fixture.safetensors")
 
@@ -375,13 +376,8 @@ def read_contract(folder: Path | str) -> Contract:
     if not folder.is_dir():
         raise ContractError(f"model folder {folder} does not exist; `canopy models list` shows the models there are")
     _require(path)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        contract = Contract.model_validate(raw)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ContractError(f"{path} is not valid TOML ({error}); restore the file") from error
-    except ValidationError as error:
-        raise ContractError(f"{path}: {_first_problem(error)}; correct it or restore the file") from error
+    contract = read_settings(path, Contract, what="a model's contract", error=ContractError)
+    raw = tomllib.loads(path.read_text(encoding="utf-8"))
     # A default that stands in for a forgotten key would change what the network computes without a word.
     forgotten = sorted(_keys(contract.model_dump(exclude_none=True)) - _keys(raw))
     if forgotten:
@@ -470,15 +466,6 @@ def _require(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_problem(error: ValidationError) -> str:
-    problems = error.errors()
-    first = problems[0]
-    where = ".".join(str(part) for part in first["loc"])
-    text = {"extra_forbidden": "is not a key of a contract", "missing": "is missing"}.get(first["type"], first["msg"])
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{where} {text}{more}".strip()
 
 
 def _keys(table: Mapping[str, Any], prefix: str = "") -> set[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -21,16 +20,15 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
-from canopy.errors import RecipeError
 from canopy.metrics import CLASS_EDGES_M
 from canopy.model.calibration import LEAST_PX, SPREAD_FLOOR_M
 from canopy.model.data import Augmentation
 from canopy.model.losses import LossConfig
 from canopy.model.network import NetworkConfig
+from canopy.settings import read_settings
 
 
 class _Table(BaseModel):
@@ -198,26 +196,13 @@ def read_recipe(path: Path, *, hold_out: Sequence[str] = ()) -> TrainingRecipe:
     Raises:
         RecipeError: missing or no TOML, an unknown key, or a value out of its range; the message names the key.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-        recipe = TrainingRecipe.model_validate(table)
-        if further := [site for site in hold_out if site not in recipe.data.hold_out_sites]:
-            name = "-without-".join([recipe.model.name, *further])
-            recipe = recipe.model_copy(
-                update={
-                    "model": recipe.model.model_copy(update={"name": name}),
-                    "data": recipe.data.model_copy(update={"hold_out_sites": (*recipe.data.hold_out_sites, *further)}),
-                }
-            )
-    except FileNotFoundError:
-        raise RecipeError(f"{path} does not exist; give the path of a training recipe (TOML)") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path} is no TOML file ({error}); correct it") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "recipe"
-        text = {"extra_forbidden": "is not a key of a training recipe", "missing": "is missing"}.get(
-            first["type"], first["msg"].removeprefix("Value error, ")
+    recipe = read_settings(path, TrainingRecipe, what="a training recipe")
+    if further := [site for site in hold_out if site not in recipe.data.hold_out_sites]:
+        name = "-without-".join([recipe.model.name, *further])
+        return recipe.model_copy(
+            update={
+                "model": recipe.model.model_copy(update={"name": name}),
+                "data": recipe.data.model_copy(update={"hold_out_sites": (*recipe.data.hold_out_sites, *further)}),
+            }
         )
-        raise RecipeError(f"{path}: {key} {text}; correct the recipe") from error
     return recipe

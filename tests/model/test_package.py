@@ -261,13 +261,13 @@ BROKEN = {
     "no contract": (lambda f: (f / "model.toml").unlink(), r"model\.toml is missing"),
     "no weights": (lambda f: (f / "weights.safetensors").unlink(), r"weights\.safetensors is missing"),
     "no fixture": (lambda f: (f / "fixture.safetensors").unlink(), r"fixture\.safetensors is missing"),
-    "not TOML": (lambda f: (f / "model.toml").write_text("name = "), r"model\.toml is not valid TOML"),
-    "unknown key": (lambda f: edit_contract(f, lambda t: t.update(colour=1)), "colour is not a key"),
+    "not TOML": (lambda f: (f / "model.toml").write_text("name = "), r"model\.toml is no TOML file"),
+    "unknown key": (lambda f: edit_contract(f, lambda t: t.update(colour=1)), "unknown key 'colour'"),
     "unknown network key": (
         lambda f: edit_contract(f, lambda t: t["network"].update(depth=1)),
-        "network.depth is not a key",
+        "unknown key 'network.depth'",
     ),
-    "missing key": (lambda f: edit_contract(f, lambda t: t.pop("bands")), "bands is missing"),
+    "missing key": (lambda f: edit_contract(f, lambda t: t.pop("bands")), "key 'bands' is missing"),
     "missing key with a default": (
         lambda f: edit_contract(f, lambda t: t["network"].pop("tap_norm")),
         "network.tap_norm is missing",

@@ -244,7 +244,7 @@ def test_moving_average_starts_fast_and_then_keeps_its_decay():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"optim__leraning_rate": 1.0}, "optim.leraning_rate is not a key"),
+        ({"optim__leraning_rate": 1.0}, "unknown key 'optim.leraning_rate'"),
         ({"optim__steps": 0}, "optim.steps"),
         ({"data__set": [{"path": "x", "train": ["val"]}]}, "both trains and is held out"),
         ({"data__set": [{"path": "x", "ships": False}]}, "can only be scored"),
