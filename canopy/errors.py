@@ -34,3 +34,11 @@ class OutputError(CanopyError):
 
 class AreaError(CanopyError):
     """An area of interest that is empty, unreadable or off the imagery."""
+
+
+class SourceError(CanopyError):
+    """A source that is described wrongly, or a catalogue that does not hold what is asked of it."""
+
+
+class ImageryError(CanopyError):
+    """Imagery that a service does not deliver, or that is not what its catalogue says."""
