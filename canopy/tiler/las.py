@@ -3,7 +3,9 @@
 Units. x, y and z stay in the units of the file. z is in the unit of the vertical axis where the file names one (the
 vertical part of a compound CRS, a third axis, or the GeoTIFF keys 4096 and 4099); a projected CRS that names none has z
 in the unit of x and y, which is how clouds in feet are delivered (EPSG:2994 is international feet in all three). Nothing
-else is assumed: a cloud without CRS, or with longitude and latitude and no vertical unit, is refused.
+else is assumed: a cloud without CRS, or with longitude and latitude and no vertical unit, is refused; so is one in web
+mercator, in which nobody delivers: its x and y were reprojected, its z may well be in feet still, as in many of the USGS'
+Entwine folders (https://github.com/hobuinc/usgs-lidar/issues/10).
 """
 
 from __future__ import annotations
@@ -51,6 +53,11 @@ class RawPoints:
     """The producer asks that the point be not used."""
     decoded: int
     """Points decoded to get these; the rest lies outside the bounds asked for."""
+    overlap: NDArray[np.bool_] | None = None
+    """Between flight lines, by its flag or, in formats below 6, class 12; None where the format knows of no such thing."""
+    gps_time_s: Floats | None = None
+    """Adjusted standard GPS time as stored, seconds since the GPS epoch less 1e9; None where the source has no GPS time or
+    only seconds of an unnamed week."""
 
     @property
     def size(self) -> int:
@@ -74,7 +81,7 @@ class PointSource(Protocol):
 
     @property
     def z_unit_m(self) -> float | None:
-        """Metres per unit of z where the source names it beside its CRS, else None. See `z_unit_m_of`."""
+        """Metres per unit of z where the source names it beside its CRS, else None; may read files. See `z_unit_m_of`."""
 
     @property
     def bounds(self) -> Bounds:
@@ -133,7 +140,8 @@ def z_unit_m_of(source: PointSource, crs: CRS | None = None) -> float:
     if crs is None and (unit_m := source.z_unit_m) is not None:
         return unit_m
     plane = unbound(horizontal(found))
-    if not plane.is_projected:
+    operation = plane.coordinate_operation
+    if not plane.is_projected or (operation and "Pseudo" in operation.method_name):
         raise LidarError(
             f"{source.name}: CRS {found.name!r} says nothing about the unit of z; give option z_unit_m, 1.0 for metres"
         )
@@ -190,18 +198,32 @@ def wanted_fields() -> laspy.DecompressionSelection:
     import laspy
 
     fields = laspy.DecompressionSelection
-    return fields.XY_RETURNS_CHANNEL | fields.Z | fields.CLASSIFICATION | fields.FLAGS
+    return fields.XY_RETURNS_CHANNEL | fields.Z | fields.CLASSIFICATION | fields.FLAGS | fields.GPS_TIME
 
 
-def points_within(record: laspy.PackedPointRecord, scales: Floats, offsets: Floats, bounds: Bounds | None) -> RawPoints:
-    """The points of one record of a LAS file, scaled, within `bounds`."""
+def has_standard_time(header: laspy.LasHeader) -> bool:
+    """Whether the GPS times of a file tell days."""
+    from laspy.header import GpsTimeType
+
+    return "gps_time" in header.point_format.dimension_names and header.global_encoding.gps_time_type == GpsTimeType.STANDARD
+
+
+def points_within(
+    record: laspy.PackedPointRecord, scales: Floats, offsets: Floats, bounds: Bounds | None, *, standard_time: bool = False
+) -> RawPoints:
+    """The points of one record of a LAS file, scaled, within `bounds`; `standard_time` is `has_standard_time`."""
     x, y, z = (record[axis] * scale + offset for axis, scale, offset in zip("XYZ", scales, offsets, strict=True))
+    classes = np.asarray(record["classification"], np.uint8)
+    flagged = "overlap" in record.point_format.dimension_names
+    times = {"gps_time_s": np.asarray(record["gps_time"], np.float64)} if standard_time else {}
     return clipped(
         {
+            **times,
+            "overlap": np.asarray(record["overlap"], bool) if flagged else classes == 12,
             "x": x,
             "y": y,
             "z": z,
-            "classification": np.asarray(record["classification"], np.uint8),
+            "classification": classes,
             "return_number": np.asarray(record["return_number"], np.uint8),
             "number_of_returns": np.asarray(record["number_of_returns"], np.uint8),
             "withheld": np.asarray(record["withheld"], bool),
@@ -336,11 +358,12 @@ class LasFile:
             raise unreadable(self.name, error) from error
         with reader:
             scales, offsets = reader.header.scales, reader.header.offsets
+            standard_time = has_standard_time(reader.header)
             read, promised = 0, int(reader.header.point_count)
             while read < promised:
                 try:
                     record = reader.read_points(chunk_points)
-                    points = points_within(record, scales, offsets, bounds)
+                    points = points_within(record, scales, offsets, bounds, standard_time=standard_time)
                 except Exception as error:  # as above
                     raise breaks_off(self.name, read, promised, error) from error
                 if not points.decoded:

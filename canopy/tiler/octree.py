@@ -54,6 +54,8 @@ MAX_GAP_BYTES = 1 << 15
 """Unwanted bytes between two nodes that are fetched along, which costs less than another request."""
 MAX_REQUEST_BYTES = 1 << 22
 """Nodes that lie side by side are fetched together up to this."""
+MAX_SOURCE_FILES = 256
+"""Files of metadata of an EPT that are read to learn the unit of z; with more of them the user has to say it."""
 MAX_LEVEL = 31
 """Deeper than any file; a node below it is a sign of a broken hierarchy."""
 
@@ -455,16 +457,41 @@ class EptFolder:
 
     @property
     def z_unit_m(self) -> float | None:
-        """See `PointSource`; `wkt` of a horizontal CRS may stand beside the code of a vertical one."""
+        """See `PointSource`. The vertical code of srs; without one, what all files that the EPT was made of agree upon.
+
+        Why the files: EPTs are often reprojected to web mercator, and srs then says nothing about z, which stays as it
+        was. Their metadata, where kept, name the CRS that they had.
+        """
         srs = self.ept.srs
-        if not (srs.authority and srs.vertical):
-            return None
-        try:
-            return float(CRS.from_user_input(f"{srs.authority}:{srs.vertical}").axis_info[-1].unit_conversion_factor)
-        except (CRSError, IndexError) as error:
-            raise LidarError(
-                f"{self.name}: vertical CRS {srs.authority}:{srs.vertical} is not known; give option z_unit_m"
-            ) from error
+        if srs.authority and srs.vertical:
+            try:
+                return float(CRS.from_user_input(f"{srs.authority}:{srs.vertical}").axis_info[-1].unit_conversion_factor)
+            except (CRSError, IndexError) as error:
+                raise LidarError(
+                    f"{self.name}: vertical CRS {srs.authority}:{srs.vertical} is not known; give option z_unit_m"
+                ) from error
+        units = {_vertical_unit_m(metadata) for metadata in self._sources()}
+        if len(units) > 1 and None not in units:
+            told = " and ".join(f"{unit:g} m" for unit in sorted(filter(None, units)))
+            raise LidarError(f"{self.name} is made of clouds with z in units of {told}; give z_unit_m of those in the area")
+        return units.pop() if len(units) == 1 else None
+
+    def _sources(self) -> Iterator[Any]:
+        """Metadata of the files that the EPT was made of; none where they are not kept or are too many to ask."""
+        listed = _json(self.folder, "ept-sources/manifest.json")  # version 1.1
+        link = "metadataPath"
+        if listed is None:
+            listed, link = _json(self.folder, "ept-sources/list.json"), "url"  # version 1.0
+        entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
+        entries = [e for e in entries if e.get("points") != 0]
+        files = list(dict.fromkeys(e[link] for e in entries if isinstance(e.get(link), str)))
+        if not files or len(files) > MAX_SOURCE_FILES or not all(isinstance(e.get(link), str) for e in entries):
+            return
+        for metadata in ahead(files, lambda file: _json(self.folder, f"ept-sources/{file}"), self.folder.connections):
+            if link == "url" and isinstance(metadata, dict):
+                yield from metadata.values()
+            else:
+                yield metadata
 
     @property
     def bounds(self) -> Bounds:
@@ -511,11 +538,11 @@ class EptFolder:
 
     def _hierarchy(self, key: Key) -> dict[Key, int]:
         file = f"ept-hierarchy/{_text(key)}.json"
-        text = self.folder.read(file)
+        text = _json(self.folder, file)
         if text is None:
             raise LidarError(f"{self.folder.name(file)} is not there, the hierarchy needs it; fetch the whole EPT again")
         try:
-            page = {_key(k): int(n) for k, n in json.loads(text).items()}
+            page = {_key(k): int(n) for k, n in text.items()}
         except (ValueError, AttributeError, TypeError) as error:
             raise LidarError(
                 f"{self.folder.name(file)} is not a hierarchy of an EPT ({first_line(error)}); fetch it again"
@@ -587,6 +614,39 @@ class EptFolder:
             },
             bounds,
         )
+
+
+def _json(folder: Folder, file: str) -> Any:
+    """A file's content, None where there is no such file."""
+    text = folder.read(file)
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise LidarError(f"{folder.name(file)} is not JSON ({first_line(error)}); fetch it again") from error
+
+
+def _vertical_unit_m(source: Any) -> float | None:
+    """Metres per unit of z by the metadata of one file, None where they do not say it."""
+    read = source.get("metadata") if isinstance(source, dict) else None
+    read = read if isinstance(read, dict) else {}
+    texts = [read.get("comp_spatialreference")]  # as the reader of the file names it
+    for srs in (read.get("srs"), source.get("srs") if isinstance(source, dict) else None):
+        if isinstance(srs, dict):
+            texts += [srs.get("vertical"), srs.get("compoundwkt"), srs.get("wkt")]
+    for text in texts:
+        if not (isinstance(text, str) and "[" in text):
+            continue
+        try:
+            crs = CRS.from_wkt(text)
+        except CRSError:
+            continue  # an unreadable text says as little as none; the others may say it
+        for part in crs.sub_crs_list if crs.is_compound else [crs]:
+            for axis in part.axis_info:
+                if axis.direction in {"up", "down"}:
+                    return float(axis.unit_conversion_factor)
+    return None
 
 
 def _text(key: Key) -> str:
