@@ -28,6 +28,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from typing import Any, ClassVar, Final, Literal, Self
 
 import numpy as np
@@ -125,14 +126,16 @@ class VoidFraction(_Check):
 class Striping(_Check):
     """Periodic stripes in heights, voids or pulse density: scan lines that do not fit together.
 
-    Statistic: the power at one frequency over the median power of all directions at the same wavelength, the highest of
-    all frequencies. Canopy has no preferred direction, so its ratios follow an exponential law; scan lines put all their
-    power in one direction. Rows of planted trees do too, but the photograph shows them: frequencies at which it has a
-    peak of its own are left out.
+    Statistic: the power at one frequency over the usual power of other directions at its wavelength and of other
+    wavelengths in its direction (`stripe_ratio`), the highest of all frequencies. Canopy has no preferred direction, so its
+    ratios follow an exponential law; scan lines put all their power in one place. Rows of planted trees do too, but the
+    photograph shows them: frequencies at which it has a peak of its own are left out.
     """
 
     flag: float = Field(default=60.0, ge=0)
     drop: float = Field(default=600.0, ge=0)
+    shortest_m: float = Field(default=2.5, gt=0)
+    """Shorter wavelengths are the raster's: a CHM of 1 m repeated on pixels of 0.5 m has some at 1 m."""
     amplitude_m: float = Field(default=0.25, gt=0)
     """Stripes in heights below this amplitude are within the LiDAR's own error."""
     amplitude_share: float = Field(default=0.1, gt=0)
@@ -155,7 +158,7 @@ class HeightRange(_Check):
 class HeightSpikes(_Check):
     """Share of pixels that stand above everything around them by more than a crown can: birds, wires, noise."""
 
-    flag: float = Field(default=5e-4, ge=0)
+    flag: float = Field(default=1e-3, ge=0)
     drop: float = Field(default=0.02, ge=0)
     excess_m: float = Field(default=15.0, gt=0)
     """Above the highest pixel of the ring around it. Spires of 50 m conifers reach 10 m."""
@@ -199,11 +202,12 @@ class Water(_Check):
     """Share of the pixels that are water: class 9 where the labels know it, else dark, smooth and without a height.
 
     Pulses are swallowed by still water or come back from ripples, so heights there are holes, noise or interpolation.
-    Shadow on a lawn looks alike; pieces below `least_m2` are not counted.
+    Shadow on a lawn looks alike; pieces below `least_m2` are not counted. Water is worth training on where its heights are
+    0, so it is marked and not dropped.
     """
 
     flag: float = Field(default=0.25, ge=0)
-    drop: float = Field(default=0.95, ge=0)
+    drop: float = Field(default=math.inf, ge=0)
     smooth: float = Field(default=0.02, gt=0)
     """Largest local standard deviation of the brightness, as a share of the value range."""
     dark: float = Field(default=0.4, gt=0)
@@ -404,6 +408,80 @@ class _Measured:
     """Without the limit, which the verdict adds."""
 
 
+class _Chip:
+    """The facts of a chip with what several checks derive from them, each computed once."""
+
+    def __init__(self, facts: ChipFacts) -> None:
+        self.facts = facts
+        self.gsd_m = facts.gsd_m
+        self.height_m = facts.height_m
+        self.valid = facts.image.valid
+        self.known: Bools = np.isfinite(facts.height_m)
+
+    @cached_property
+    def asked(self) -> Bools:
+        """Where a height should be: photographed, and not left out by the recipe."""
+        return self.valid if self.facts.left_out is None else self.valid & ~self.facts.left_out
+
+    @cached_property
+    def bands(self) -> dict[str, Floats]:
+        """The bands by name, smoothed over a pixel so that a cue is of crowns and not of noise."""
+        names = self.facts.colours
+        if names is None:
+            names = {3: ("red", "green", "blue"), 4: ("red", "green", "blue", "nir")}.get(len(self.facts.image.data), ())
+        weight = ndimage.gaussian_filter(self.valid.astype(np.float64), 1.0)
+        return {name: self._smooth(self.facts.image.data[i], weight) for i, name in enumerate(names)}
+
+    def _smooth(self, band: NDArray[Any], weight: Floats) -> Floats:
+        """A Gaussian of one pixel over the valid pixels only: padding does not darken the edge."""
+        total = ndimage.gaussian_filter(np.where(self.valid, band, 0).astype(np.float64), 1.0)
+        return _ratio(total, weight, self.valid)
+
+    @cached_property
+    def greenness(self) -> Floats | None:
+        """NDVI where the bands allow it, else excess green; None without colours."""
+        bands = self.bands
+        if {"nir", "red"} <= bands.keys():
+            return _ratio(bands["nir"] - bands["red"], bands["nir"] + bands["red"])
+        return (
+            excess_green(bands["red"], bands["green"], bands["blue"]) if {"red", "green", "blue"} <= bands.keys() else None
+        )
+
+    def green(self, least_index: float, least_ndvi: float) -> Bools | None:
+        """Where plants are, by the limit that fits the bands; None without colours."""
+        return None if self.greenness is None else self.greenness > (least_ndvi if "nir" in self.bands else least_index)
+
+    @cached_property
+    def brightness(self) -> Floats | None:
+        """Mean of the visible bands as a share of the value range, or of the image's own brightest pixels where unknown."""
+        visible = [band for name, band in self.bands.items() if name in {"red", "green", "blue", "pan"}]
+        if not visible or not self.valid.any():
+            return None
+        mean = np.mean(visible, axis=0)
+        if self.facts.value_range is not None:
+            low, high = self.facts.value_range
+        elif self.facts.image.data.dtype == np.uint8:
+            low, high = 0.0, 255.0
+        else:
+            low, high = 0.0, float(np.percentile(mean[self.valid], 99)) or 1.0
+        return np.asarray((mean - low) / (high - low))
+
+    @cached_property
+    def plane_deviation_m(self) -> Floats:
+        """How far the heights around each pixel are from a plane; roofs have 0.02 to 0.1 m, crowns 0.5 and more."""
+        return _plane_deviation_m(self.height_m, self.gsd_m)
+
+    @cached_property
+    def cues(self) -> dict[str, Floats]:
+        """(row, col) of each of `CUES` that the bands allow."""
+        cues = {} if self.greenness is None else {"greenness": self.greenness}
+        if self.brightness is not None:
+            grey = self.facts.image.data.mean(axis=0, dtype=np.float64)
+            grey = np.where(self.valid, grey / max(float(grey[self.valid].mean()), 1e-9), 1.0)
+            cues |= {"darkness": -self.brightness, "texture": _local_deviation(grey, _window_px(3.5, self.gsd_m))}
+        return cues
+
+
 def judge(facts: ChipFacts, settings: QualitySettings) -> Verdict:
     """Run every check that needs no other chip.
 
@@ -411,16 +489,17 @@ def judge(facts: ChipFacts, settings: QualitySettings) -> Verdict:
     """
     values: dict[str, float | None] = {}
     findings = []
+    chip = _Chip(facts)
     for name, measure in _CHIP_CHECKS:
         check: _Check = getattr(settings, name)
         if not check.on:
             continue
-        measured = measure(facts, check)
+        measured = measure(chip, check)
         values[name] = None if measured is None else measured.value
         if measured is not None:
             findings += _exceeded(name, check, measured)
     if settings.wrong_cover.on:
-        values |= _cue_medians(facts, settings.image_label_disagreement)
+        values |= _cue_medians(chip, settings.image_label_disagreement)
     return Verdict(findings=tuple(findings), values=values)
 
 
@@ -460,56 +539,54 @@ def leafless_days(day: date, latitude_deg: float) -> float:
     return min((of_year - leaf_fall) % 365, (leaf_out - of_year) % 365)
 
 
-def _date_gap(facts: ChipFacts, _: DateGap) -> _Measured | None:
-    days = facts.days_apart
+def _date_gap(chip: _Chip, _: DateGap) -> _Measured | None:
+    days = chip.facts.days_apart
     return None if days is None else _Measured(days, f"image and LiDAR are {days:.0f} days apart")
 
 
-def _leaf_off(facts: ChipFacts, check: LeafOff) -> _Measured | None:
+def _leaf_off(chip: _Chip, check: LeafOff) -> _Measured | None:
     season = "on an unknown date"
-    if facts.image_date is not None and facts.latitude_deg is not None:
-        if leafless_days(facts.image_date, facts.latitude_deg) <= 0:
+    if chip.facts.image_date is not None and chip.facts.latitude_deg is not None:
+        if leafless_days(chip.facts.image_date, chip.facts.latitude_deg) <= 0:
             return _Measured(0.0, "the image is from the growing season")
-        season = f"in the leafless season ({facts.image_date})"
-    green = _green(facts, check.green_index, check.green_ndvi)
-    brightness = _brightness(facts)
+        season = f"in the leafless season ({chip.facts.image_date})"
+    green = chip.green(check.green_index, check.green_ndvi)
+    brightness = chip.brightness
     if green is None or brightness is None:
         return None
-    tall = facts.image.valid & (facts.height_m > check.tall_m)
-    if np.count_nonzero(tall) * facts.gsd_m**2 < 25.0:
+    # Roofs are not green in any season.
+    tall = chip.valid & (chip.height_m > check.tall_m) & (chip.plane_deviation_m > 0.25)
+    if np.count_nonzero(tall) * chip.gsd_m**2 < 25.0:
         return None
     sunlit = tall & (brightness >= np.median(brightness[tall]))
     share = 1.0 - float(green[sunlit].mean())
     return _Measured(share, f"{share:.0%} of the sunlit pixels above {check.tall_m:g} m are not green, {season}")
 
 
-def _leaf_off_lidar(facts: ChipFacts, _: LeafOffLidar) -> _Measured | None:
-    if facts.image_date is None or facts.lidar_date is None or facts.latitude_deg is None:
+def _leaf_off_lidar(chip: _Chip, _: LeafOffLidar) -> _Measured | None:
+    if chip.facts.image_date is None or chip.facts.lidar_date is None or chip.facts.latitude_deg is None:
         return None
-    days = leafless_days(facts.lidar_date, facts.latitude_deg)
-    if leafless_days(facts.image_date, facts.latitude_deg) > 0:
+    days = leafless_days(chip.facts.lidar_date, chip.facts.latitude_deg)
+    if leafless_days(chip.facts.image_date, chip.facts.latitude_deg) > 0:
         return _Measured(0.0, "the image is from the leafless season too")
-    sentence = f"the LiDAR of {facts.lidar_date} was flown {days:.0f} days inside the leafless season, the image was not"
+    sentence = (
+        f"the LiDAR of {chip.facts.lidar_date} was flown {days:.0f} days inside the leafless season, the image was not"
+    )
     return _Measured(max(days, 0.0), sentence)
 
 
 # --- heights -------------------------------------------------------------------------------------------------------------
 
 
-def _known(facts: ChipFacts) -> Bools:
-    return np.isfinite(facts.height_m)
-
-
-def _void_fraction(facts: ChipFacts, _: VoidFraction) -> _Measured | None:
-    asked = facts.image.valid if facts.left_out is None else facts.image.valid & ~facts.left_out
-    if not asked.any():
+def _void_fraction(chip: _Chip, _: VoidFraction) -> _Measured | None:
+    if not chip.asked.any():
         return None
-    share = 1.0 - float(_known(facts)[asked].mean())
+    share = 1.0 - float(chip.known[chip.asked].mean())
     return _Measured(share, f"{share:.0%} of the photographed pixels have no height")
 
 
-def _height_range(facts: ChipFacts, check: HeightRange) -> _Measured | None:
-    heights = facts.height_m[_known(facts)]
+def _height_range(chip: _Chip, check: HeightRange) -> _Measured | None:
+    heights = chip.height_m[chip.known]
     if not heights.size:
         return None
     share = float(np.mean((heights < check.lowest_m) | (heights > check.highest_m)))
@@ -520,32 +597,41 @@ def _height_range(facts: ChipFacts, check: HeightRange) -> _Measured | None:
     return _Measured(share, sentence)
 
 
-def _height_spikes(facts: ChipFacts, check: HeightSpikes) -> _Measured | None:
-    known = _known(facts)
-    if not known.any():
+def _height_spikes(chip: _Chip, check: HeightSpikes) -> _Measured | None:
+    if not chip.known.any():
         return None
-    reach = max(2, math.ceil(check.outer_m / facts.gsd_m))
-    rows, cols = np.ogrid[-reach : reach + 1, -reach : reach + 1]
-    distance_m = np.hypot(rows, cols) * facts.gsd_m
-    # On coarse pixels the ring is at least the eight neighbours' surroundings: the pixel itself never counts.
-    inner_m = max(check.inner_m, 1.5 * facts.gsd_m) if facts.gsd_m < check.inner_m else 0.5 * facts.gsd_m
-    ring = (distance_m > inner_m) & (distance_m <= reach * facts.gsd_m)
-    filled = np.where(known, facts.height_m, -np.inf)
-    around = ndimage.maximum_filter(filled, footprint=ring, mode="constant", cval=-np.inf)
-    # Without any neighbour there is nothing to stand out from.
-    spikes = known & np.isfinite(around) & (facts.height_m - np.where(np.isfinite(around), around, 0.0) > check.excess_m)
-    share = float(spikes.sum() / known.sum())
+    reach = max(2, math.ceil(check.outer_m / chip.gsd_m))
+    offset = np.arange(-reach, reach + 1)
+    distance = np.hypot(*np.meshgrid(offset, offset, indexing="ij"))
+    # On coarse pixels a return fills one; the ring begins behind it.
+    down, across = np.nonzero((distance > max(check.inner_m / chip.gsd_m, 0.5)) & (distance <= reach))
+    heights = np.pad(np.where(chip.known, chip.height_m, -np.inf), reach, constant_values=-np.inf)
+
+    def neighbour(row: int, col: int) -> NDArray[Any]:
+        rows, cols = chip.known.shape
+        return heights[row : row + rows, col : col + cols]
+
+    # Four pixels of the ring rule out nearly everything; only the rest is compared with all of it.
+    corners = np.maximum.reduce(
+        [neighbour(r, c) for r, c in ((0, reach), (2 * reach, reach), (reach, 0), (reach, 2 * reach))]
+    )
+    row, col = np.nonzero(chip.known & (chip.height_m > corners + check.excess_m))
+    ring = heights[row[:, None] + down, col[:, None] + across]
+    alone = (chip.height_m[row, col] > ring.max(axis=1, initial=-np.inf) + check.excess_m) & (
+        np.isfinite(ring).mean(axis=1) >= 0.5  # at the edge of the data there is nothing to stand out from
+    )
+    share = float(np.count_nonzero(alone) / np.count_nonzero(chip.known))
     return _Measured(share, f"{share:.2%} of the heights stand {check.excess_m:g} m above all around them")
 
 
-def _above_ground(facts: ChipFacts) -> NDArray[np.float32] | None:
+def _above_ground(chip: _Chip) -> NDArray[np.float32] | None:
     """The heights above 0.5 m, or None when there are too few to speak of a distribution."""
-    heights = facts.height_m[_known(facts) & (facts.height_m > 0.5)]
+    heights = chip.height_m[chip.known & (chip.height_m > 0.5)]
     return heights if heights.size >= 100 else None
 
 
-def _constant_heights(facts: ChipFacts, _: ConstantHeights) -> _Measured | None:
-    heights = _above_ground(facts)
+def _constant_heights(chip: _Chip, _: ConstantHeights) -> _Measured | None:
+    heights = _above_ground(chip)
     if heights is None:
         return None
     centimetres, counts = np.unique(np.round(heights * 100), return_counts=True)
@@ -554,8 +640,8 @@ def _constant_heights(facts: ChipFacts, _: ConstantHeights) -> _Measured | None:
     return _Measured(share, f"{share:.0%} of the heights above ground are {centimetres[most] / 100:.2f} m")
 
 
-def _whole_metres(facts: ChipFacts, _: WholeMetres) -> _Measured | None:
-    heights = _above_ground(facts)
+def _whole_metres(chip: _Chip, _: WholeMetres) -> _Measured | None:
+    heights = _above_ground(chip)
     if heights is None:
         return None
     share = float(np.mean(np.abs(heights - np.round(heights)) < 1e-3))
@@ -566,56 +652,62 @@ def _whole_metres(facts: ChipFacts, _: WholeMetres) -> _Measured | None:
 
 LEAST_STRIPED_PX: Final = 32
 """Shorter sides hold too few wavelengths to tell a stripe from a crown."""
-LEAST_FREQUENCY: Final = 4
-"""Cycles over the chip from which on a ring of frequencies has enough cells for a median."""
+LEAST_FREQUENCY: Final = 5
+"""Cycles over the chip that make a period; below, a ring of frequencies also has too few cells for a median."""
 
 
-def _striping(facts: ChipFacts, check: Striping) -> _Measured | None:
-    asked = facts.image.valid if facts.left_out is None else facts.image.valid & ~facts.left_out
-    if not asked.any():
+def _striping(chip: _Chip, check: Striping) -> _Measured | None:
+    if not chip.asked.any():
         return None
-    rows, cols = (np.flatnonzero(asked.any(axis=axis)) for axis in (1, 0))
+    rows, cols = (np.flatnonzero(chip.asked.any(axis=axis)) for axis in (1, 0))
     part = (slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1))
-    if min(rows[-1] - rows[0], cols[-1] - cols[0]) + 1 < LEAST_STRIPED_PX:
+    known, asked = chip.known[part], chip.asked[part]
+    if min(known.shape) < LEAST_STRIPED_PX:
         return None
-    known, asked = _known(facts)[part], asked[part]
     maps: list[tuple[str, NDArray[Any], Bools, float, str]] = []
     if known.mean() > 0.25:
-        maps.append(("heights", facts.height_m[part], known, check.amplitude_m, " m"))
-    if 0 < known[asked].mean() < 1:
-        maps.append(("voids", (~known).astype(np.float64), asked, check.amplitude_share, ""))
-    if facts.density_per_m2 is not None:
-        density = facts.density_per_m2[part]
+        maps.append(("heights", chip.height_m[part], known, check.amplitude_m, " m"))
+    maps.append(("voids", (~known).astype(np.float64), asked, check.amplitude_share, ""))
+    if chip.facts.density_per_m2 is not None:
+        density = chip.facts.density_per_m2[part]
         counted = asked & np.isfinite(density)
         if counted.any() and density[counted].mean() > 0:
             maps.append(("pulse density", density / density[counted].mean(), counted, check.amplitude_share, " of the mean"))
-    if not maps:
-        return None
-    grey = facts.image.data[(slice(None), *part)].mean(axis=0, dtype=np.float64)
-    ratio, _ = ring_ratio(grey, facts.image.valid[part])
-    seen = ndimage.maximum_filter(ratio, 3, mode="wrap") > check.image_peak
+    cycles = np.fft.fftfreq(max(known.shape), chip.gsd_m)  # per metre
+    frequency = np.hypot(*np.meshgrid(cycles, cycles, indexing="ij"))
+    left_out = frequency > 1 / check.shortest_m
+    photographed = False
     worst = _Measured(0.0, "no stripes")
     for what, values, where, least, unit in maps:
-        ratio, amplitude = ring_ratio(values, where)
-        ratio[seen | (amplitude < least)] = 0.0
+        if values[where].std() < least / math.sqrt(2):
+            continue  # a sine of that amplitude has this deviation
+        ratio, amplitude = stripe_ratio(values, where)
+        ratio[amplitude < least] = 0.0
+        if not photographed and ratio[~left_out].max(initial=0.0) > check.flag:
+            photographed = True
+            grey = chip.facts.image.data[(slice(None), *part)].mean(axis=0, dtype=np.float64)
+            photograph, _ = stripe_ratio(grey, chip.valid[part])
+            left_out |= ndimage.maximum_filter(photograph, 3, mode="wrap") > check.image_peak
+        ratio[left_out] = 0.0
         peak = np.unravel_index(int(ratio.argmax()), ratio.shape)
         if ratio[peak] > worst.value:
-            side = len(ratio)
-            frequency = math.hypot(*np.fft.fftfreq(side)[list(peak)])
             worst = _Measured(
                 float(ratio[peak]),
-                f"{what} have stripes {facts.gsd_m / frequency:.1f} m apart of amplitude {amplitude[peak]:.2f}{unit}, "
-                f"{ratio[peak]:.0f} times what other directions have",
+                f"{what} have stripes {1 / frequency[peak]:.1f} m apart of amplitude {amplitude[peak]:.2g}{unit}, with "
+                f"{ratio[peak]:.0f} times the power of other directions and wavelengths",
             )
     return worst
 
 
-def ring_ratio(values: NDArray[Any], where: Bools) -> tuple[Floats, Floats]:
-    """How far each frequency of a map stands out among the directions at its wavelength.
+def stripe_ratio(values: NDArray[Any], where: Bools) -> tuple[Floats, Floats]:
+    """How far each frequency of a map stands out among other directions and among its neighbours in wavelength.
 
-    The map loses its plane and is tapered (Hann) to its known pixels; the power of each cell of the two-dimensional
-    periodogram is divided by the median power of the ring of cells at the same distance from zero frequency. An isotropic
-    random map gives exponentially distributed ratios, about 10 at most for a chip of 100 pixels.
+    The map loses its plane and is tapered (Hann) to its known pixels. The power of each cell of the two-dimensional
+    periodogram is divided by the median power of the ring of cells at the same distance from zero frequency, and by the
+    median of the cells in the same direction at 0.5 to 0.8 and 1.25 to 1.6 times the frequency; the lesser counts. The
+    first is what a stripe has and a crown has not; the second is what a stripe has and a straight edge (the border of a
+    flight, a road through the forest) has not. In an isotropic random map the first is exponentially distributed, about
+    10 at most for a chip of 100 pixels.
 
     Args:
         values: (row, col), anything where `where` is False.
@@ -626,81 +718,61 @@ def ring_ratio(values: NDArray[Any], where: Bools) -> tuple[Floats, Floats]:
         `LEAST_FREQUENCY`, the amplitude is that of a sine wave in the unit of `values`.
     """
     side = max(values.shape)
-    rows, cols = np.indices(values.shape)
-    terms = np.stack([np.ones(values.shape), rows / side, cols / side], axis=-1)
-    plane, *_ = np.linalg.lstsq(terms[where], values[where].astype(np.float64), rcond=None)
+    down, across = (np.linspace(-1, 1, n) for n in values.shape)
+    terms = np.stack([np.ones(values.shape), *np.meshgrid(down, across, indexing="ij")])
+    known = terms[:, where]
+    plane = np.linalg.lstsq(known @ known.T, known @ values[where].astype(np.float64), rcond=None)[0]
     taper = np.outer(*(np.hanning(n + 2)[1:-1] for n in values.shape)) * where
-    flat = np.where(where, values - terms @ plane, 0.0)
+    flat = np.where(where, values - np.tensordot(plane, terms, 1), 0.0)
     flat -= np.where(where, (flat * taper).sum() / taper.sum(), 0.0)
     power = np.abs(np.fft.fft2(flat * taper, (side, side))) ** 2
-    cycles = np.fft.fftfreq(side) * side
-    ring = np.hypot(*np.meshgrid(cycles, cycles, indexing="ij")).round().astype(np.intp)
-    median = np.asarray(ndimage.median(power, ring, np.arange(ring.max() + 1)))[ring]
-    usable = (ring >= LEAST_FREQUENCY) & (ring <= side // 2) & (median > 0)
-    ratio = np.divide(power, median, out=np.zeros_like(power), where=usable)
+    cycles = np.fft.fftfreq(side, 1 / side)
+    v, u = np.meshgrid(cycles, cycles, indexing="ij")
+    ring = np.hypot(v, u).round().astype(np.intp)
+    order = np.lexsort((power.ravel(), ring.ravel()))
+    counts = np.bincount(ring.ravel())
+    floor = power.ravel()[order][np.cumsum(counts) - counts + counts // 2][ring]
+    usable = (ring >= LEAST_FREQUENCY) & (ring <= side // 2) & (floor > 0)
+    ratio = np.divide(power, floor, out=np.zeros_like(power), where=usable)
+    # The second median only matters where the first test is passed: some hundred cells.
+    row, col = np.nonzero(ratio > 10)
+    steps = np.array([0.5, 0.6, 0.7, 0.8, 1.25, 1.35, 1.45, 1.6])
+    y, x = (np.rint(cycle[row, col][:, None] * steps).astype(np.intp) for cycle in (v, u))
+    # The main lobe of the taper is two cells wide to each side.
+    apart = np.hypot(y - v[row, col][:, None], x - u[row, col][:, None]) > 2.5
+    apart &= np.maximum(np.abs(y), np.abs(x)) < side // 2
+    beside = np.sort(np.where(apart, power[y % side, x % side], np.inf), axis=1)
+    middle = apart.sum(axis=1) // 2
+    usual = np.where(apart.any(axis=1), beside[np.arange(len(row)), np.minimum(middle, len(steps) - 1)], 0.0)
+    ratio[row, col] = np.minimum(
+        ratio[row, col], np.where(usual > 0, power[row, col] / np.where(usual > 0, usual, 1.0), np.inf)
+    )
     return ratio, 2 * np.sqrt(power) / taper.sum()
 
 
 # --- what the ground is --------------------------------------------------------------------------------------------------
 
 
-def _bands(facts: ChipFacts) -> Mapping[str, Floats]:
-    """The bands by name, smoothed over a pixel so that a cue is of crowns and not of noise."""
-    names = facts.colours
-    if names is None:
-        names = {3: ("red", "green", "blue"), 4: ("red", "green", "blue", "nir")}.get(len(facts.image.data), ())
-    return {name: _smooth(facts.image.data[i], facts.image.valid) for i, name in enumerate(names)}
-
-
-def _smooth(band: NDArray[Any], valid: Bools) -> Floats:
-    """A Gaussian of one pixel over the valid pixels only: padding does not darken the edge."""
-    weight = ndimage.gaussian_filter(valid.astype(np.float64), 1.0)
-    total = ndimage.gaussian_filter(np.where(valid, band, 0).astype(np.float64), 1.0)
-    return np.divide(total, weight, out=np.zeros_like(total), where=valid)
+def _ratio(part: Floats, whole: Floats, where: Bools | None = None) -> Floats:
+    """Part by whole, 0 where `whole` is 0 or `where` is False."""
+    usable = whole > 0 if where is None else where & (whole > 0)
+    return np.asarray(np.divide(part, whole, out=np.zeros_like(part), where=usable))
 
 
 def excess_green(red: Floats, green: Floats, blue: Floats) -> Floats:
     """(2g - r - b) / (r + g + b), -1 to 2, after Woebbecke et al. (1995); 0 where all are 0."""
-    total = red + green + blue
-    return np.asarray(np.divide(2 * green - red - blue, total, out=np.zeros_like(total), where=total > 0))
-
-
-def _ndvi(bands: Mapping[str, Floats]) -> Floats:
-    total = bands["nir"] + bands["red"]
-    return np.divide(bands["nir"] - bands["red"], total, out=np.zeros_like(total), where=total > 0)
-
-
-def _greenness(bands: Mapping[str, Floats]) -> Floats | None:
-    if {"nir", "red"} <= bands.keys():
-        return _ndvi(bands)
-    return excess_green(bands["red"], bands["green"], bands["blue"]) if {"red", "green", "blue"} <= bands.keys() else None
-
-
-def _green(facts: ChipFacts, least_index: float, least_ndvi: float) -> Bools | None:
-    bands = _bands(facts)
-    greenness = _greenness(bands)
-    return None if greenness is None else greenness > (least_ndvi if "nir" in bands else least_index)
-
-
-def _brightness(facts: ChipFacts) -> Floats | None:
-    """Mean of the visible bands as a share of the value range, or of the image's own brightest pixels where unknown."""
-    visible = [band for name, band in _bands(facts).items() if name in {"red", "green", "blue", "pan"}]
-    if not visible or not facts.image.valid.any():
-        return None
-    mean = np.mean(visible, axis=0)
-    low, high = _value_range(facts) or (0.0, float(np.percentile(mean[facts.image.valid], 99)) or 1.0)
-    return np.asarray((mean - low) / (high - low))
-
-
-def _value_range(facts: ChipFacts) -> tuple[float, float] | None:
-    if facts.value_range is not None:
-        return facts.value_range
-    return (0.0, 255.0) if facts.image.data.dtype == np.uint8 else None
+    return _ratio(2 * green - red - blue, red + green + blue)
 
 
 def _window_px(length_m: float, gsd_m: float) -> int:
     """The odd number of pixels next to a length, at least 3."""
     return max(3, 2 * round((length_m / gsd_m - 1) / 2) + 1)
+
+
+def _local_deviation(values: Floats, side: int) -> Floats:
+    """Standard deviation over `side` x `side` pixels around each."""
+    mean = ndimage.uniform_filter(values, side)
+    return np.asarray(np.sqrt(np.maximum(ndimage.uniform_filter(values**2, side) - mean**2, 0.0)))
 
 
 def _plane_deviation_m(height_m: NDArray[np.float32], gsd_m: float) -> Floats:
@@ -739,39 +811,36 @@ def _class_share(fraction: NDArray[np.float32], valid: Bools) -> float | None:
     return float(fraction[counted].mean(dtype=np.float64)) if counted.any() else None
 
 
-def _buildings(facts: ChipFacts, check: Buildings) -> _Measured | None:
-    if facts.building_fraction is not None:
-        share = _class_share(facts.building_fraction, facts.image.valid)
+def _buildings(chip: _Chip, check: Buildings) -> _Measured | None:
+    if chip.facts.building_fraction is not None:
+        share = _class_share(chip.facts.building_fraction, chip.valid)
         return None if share is None else _Measured(share, f"{share:.0%} of the returns are of buildings (class 6)")
-    known = _known(facts) & facts.image.valid
-    green = _green(facts, check.green_index, check.green_ndvi)
+    known = chip.known & chip.valid
+    green = chip.green(check.green_index, check.green_ndvi)
     if green is None or not known.any():
         return None
-    high = known & (facts.height_m > check.tall_m) & ~green
-    plane = high & (_plane_deviation_m(facts.height_m, facts.gsd_m) < check.plane_m)
-    plane = _large(ndimage.binary_opening(plane), check.least_m2 / 2, facts.gsd_m)
+    high = known & (chip.height_m > check.tall_m) & ~green
+    plane = high & (chip.plane_deviation_m < check.plane_m)
+    plane = _large(ndimage.binary_opening(plane), check.least_m2 / 2, chip.gsd_m)
     # Windows at a wall are not plane, so the roof is found without its rim.
-    rim = _window_px(2.5, facts.gsd_m) // 2 + 1
-    roofs = _large(ndimage.binary_dilation(plane, iterations=rim) & high, check.least_m2, facts.gsd_m)
+    rim = _window_px(2.5, chip.gsd_m) // 2 + 1
+    roofs = _large(ndimage.binary_dilation(plane, iterations=rim) & high, check.least_m2, chip.gsd_m)
     share = float(roofs.sum() / known.sum())
     return _Measured(share, f"{share:.0%} of the pixels are high, plane and not green, like roofs")
 
 
-def _water(facts: ChipFacts, check: Water) -> _Measured | None:
-    if facts.water_fraction is not None:
-        share = _class_share(facts.water_fraction, facts.image.valid)
+def _water(chip: _Chip, check: Water) -> _Measured | None:
+    if chip.facts.water_fraction is not None:
+        share = _class_share(chip.facts.water_fraction, chip.valid)
         return None if share is None else _Measured(share, f"{share:.0%} of the returns are of water (class 9)")
-    brightness, bands = _brightness(facts), _bands(facts)
+    brightness, bands = chip.brightness, chip.bands
     if brightness is None:
         return None
-    side = _window_px(3.0, facts.gsd_m)
-    mean = ndimage.uniform_filter(brightness, side)
-    deviation = np.sqrt(np.maximum(ndimage.uniform_filter(brightness**2, side) - mean**2, 0.0))
-    wet = facts.image.valid & (deviation < check.smooth) & (mean < check.dark)
+    wet = chip.valid & (_local_deviation(brightness, _window_px(3.0, chip.gsd_m)) < check.smooth) & (brightness < check.dark)
     if "nir" in bands:
         wet &= bands["nir"] < bands["green"]  # McFeeters' water index above 0
-    wet &= ~(facts.height_m >= check.low_m)  # also where there is no height
-    share = float(_large(wet, check.least_m2, facts.gsd_m).sum() / facts.image.valid.sum())
+    wet &= ~(chip.height_m >= check.low_m)  # also where there is no height
+    share = float(_large(wet, check.least_m2, chip.gsd_m).sum() / chip.valid.sum())
     return _Measured(share, f"{share:.0%} of the pixels are dark, smooth and without a height, like water")
 
 
@@ -779,21 +848,6 @@ def _water(facts: ChipFacts, check: Water) -> _Measured | None:
 
 CUES: Final = ("greenness", "darkness", "texture")
 """What tells trees from the ground in a photograph, for most light and most seasons at least one of them."""
-
-
-def _cues(facts: ChipFacts) -> dict[str, Floats]:
-    """(row, col) of each cue that the bands allow."""
-    greenness, brightness = _greenness(_bands(facts)), _brightness(facts)
-    cues = {} if greenness is None else {"greenness": greenness}
-    if brightness is not None:
-        side = _window_px(3.5, facts.gsd_m)
-        grey = facts.image.data.mean(axis=0, dtype=np.float64)
-        grey /= max(float(grey[facts.image.valid].mean()), 1e-9)
-        grey = np.where(facts.image.valid, grey, 1.0)
-        mean = ndimage.uniform_filter(grey, side)
-        texture = np.sqrt(np.maximum(ndimage.uniform_filter(grey**2, side) - mean**2, 0.0))
-        cues |= {"darkness": -brightness, "texture": texture}
-    return cues
 
 
 def auc(values: NDArray[Any], positive: Bools) -> float:
@@ -808,17 +862,17 @@ def auc(values: NDArray[Any], positive: Bools) -> float:
     return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
 
 
-def _tall_share(facts: ChipFacts, tall_m: float) -> tuple[Bools, Bools, float] | None:
+def _tall_share(chip: _Chip, tall_m: float) -> tuple[Bools, Bools, float] | None:
     """Where both image and height are known, where they are tall, and the share of the latter."""
-    known = _known(facts) & facts.image.valid
+    known = chip.known & chip.valid
     if np.count_nonzero(known) < 100:
         return None
-    tall = known & (facts.height_m > tall_m)
+    tall = known & (chip.height_m > tall_m)
     return known, tall, float(tall.sum() / known.sum())
 
 
-def _disagreement(facts: ChipFacts, check: ImageLabelDisagreement) -> _Measured | None:
-    parts, cues = _tall_share(facts, check.tall_m), _cues(facts)
+def _disagreement(chip: _Chip, check: ImageLabelDisagreement) -> _Measured | None:
+    parts, cues = _tall_share(chip, check.tall_m), chip.cues
     if parts is None or not cues or not check.least_share <= parts[2] <= 1 - check.least_share:
         return None
     known, tall, _ = parts
@@ -828,9 +882,9 @@ def _disagreement(facts: ChipFacts, check: ImageLabelDisagreement) -> _Measured 
     return _Measured(1.0 - areas[best], f"image and heights disagree: {sentence}, where 0.5 is chance")
 
 
-def _cue_medians(facts: ChipFacts, check: ImageLabelDisagreement) -> dict[str, float | None]:
+def _cue_medians(chip: _Chip, check: ImageLabelDisagreement) -> dict[str, float | None]:
     """Medians of the cues over the chip's tall and low pixels; None where there are too few."""
-    parts, cues = _tall_share(facts, check.tall_m), _cues(facts)
+    parts, cues = _tall_share(chip, check.tall_m), chip.cues
     medians: dict[str, float | None] = {}
     for kind in ("tall", "low"):
         for name in CUES:
@@ -847,26 +901,26 @@ def _cue_medians(facts: ChipFacts, check: ImageLabelDisagreement) -> dict[str, f
 # --- registration --------------------------------------------------------------------------------------------------------
 
 
-def _shift_applied(facts: ChipFacts, _: ShiftApplied) -> _Measured | None:
-    if facts.shift is None:
+def _shift_applied(chip: _Chip, _: ShiftApplied) -> _Measured | None:
+    if chip.facts.shift is None:
         return None
-    length_m = math.hypot(facts.shift.x_m, facts.shift.y_m) if facts.shift.applied else 0.0
+    length_m = math.hypot(chip.facts.shift.x_m, chip.facts.shift.y_m) if chip.facts.shift.applied else 0.0
     return _Measured(length_m, f"the heights were moved by {length_m:.1f} m") if math.isfinite(length_m) else None
 
 
-def _shift_left(facts: ChipFacts, check: ShiftLeft) -> _Measured | None:
-    if facts.shift is None:
+def _shift_left(chip: _Chip, check: ShiftLeft) -> _Measured | None:
+    if chip.facts.shift is None:
         return None
-    length_m = math.hypot(facts.shift.x_m, facts.shift.y_m)
-    gain = facts.shift.score_after - facts.shift.score_before
+    length_m = math.hypot(chip.facts.shift.x_m, chip.facts.shift.y_m)
+    gain = chip.facts.shift.score_after - chip.facts.shift.score_before
     if not (math.isfinite(length_m) and math.isfinite(gain)):
         return None
-    if facts.shift.applied or gain < check.least_gain:
+    if chip.facts.shift.applied or gain < check.least_gain:
         length_m = 0.0
-    return _Measured(length_m, f"the heights seem {length_m:.1f} m off and were not moved ({facts.shift.decision})")
+    return _Measured(length_m, f"the heights seem {length_m:.1f} m off and were not moved ({chip.facts.shift.decision})")
 
 
-_CHIP_CHECKS: Final[tuple[tuple[str, Callable[[ChipFacts, Any], _Measured | None]], ...]] = (
+_CHIP_CHECKS: Final[tuple[tuple[str, Callable[[_Chip, Any], _Measured | None]], ...]] = (
     ("date_gap", _date_gap),
     ("leaf_off", _leaf_off),
     ("leaf_off_lidar", _leaf_off_lidar),
