@@ -85,7 +85,7 @@ class DateGap(_Check):
 
 
 class LeafOff(_Check):
-    """Share of the sunlit tall pixels without green, where the date allows bare trees (or is unknown).
+    """Share of the tall pixels without green (roofs left out), where the date allows bare trees (or is unknown).
 
     What it can know: a photograph in the leafless season of its latitude in which tall things are not green shows bare
     broad-leaved trees, or needles or dead wood under a brown light. Greenness depends on the camera's colours, so between
@@ -97,8 +97,9 @@ class LeafOff(_Check):
     tall_m: float = Field(default=5.0, gt=0)
     green_index: float = 0.0
     """Least excess green of a green pixel, (2g - r - b) / (r + g + b), after Woebbecke et al. (1995)."""
-    green_ndvi: float = 0.3
-    """Least NDVI of a green pixel, used where the image has a near-infrared band."""
+    green_ndvi: float = 0.0
+    """Least NDVI of a green pixel, used where the image has a near-infrared band; of digital numbers, so well below the
+    0.3 and more of leaves in reflectance."""
 
 
 class LeafOffLidar(_Check):
@@ -195,7 +196,7 @@ class Buildings(_Check):
     """Root-mean-square deviation from a plane over 2.5 m; roofs have 0.02 to 0.1, crowns 0.5 and more."""
     least_m2: float = Field(default=20.0, gt=0)
     green_index: float = 0.05
-    green_ndvi: float = 0.2
+    green_ndvi: float = 0.1
 
 
 class Water(_Check):
@@ -551,16 +552,14 @@ def _leaf_off(chip: _Chip, check: LeafOff) -> _Measured | None:
             return _Measured(0.0, "the image is from the growing season")
         season = f"in the leafless season ({chip.facts.image_date})"
     green = chip.green(check.green_index, check.green_ndvi)
-    brightness = chip.brightness
-    if green is None or brightness is None:
+    if green is None:
         return None
-    # Roofs are not green in any season.
+    # Roofs are green in no season.
     tall = chip.valid & (chip.height_m > check.tall_m) & (chip.plane_deviation_m > 0.25)
     if np.count_nonzero(tall) * chip.gsd_m**2 < 25.0:
         return None
-    sunlit = tall & (brightness >= np.median(brightness[tall]))
-    share = 1.0 - float(green[sunlit].mean())
-    return _Measured(share, f"{share:.0%} of the sunlit pixels above {check.tall_m:g} m are not green, {season}")
+    share = 1.0 - float(green[tall].mean())
+    return _Measured(share, f"{share:.0%} of the pixels above {check.tall_m:g} m are not green, {season}")
 
 
 def _leaf_off_lidar(chip: _Chip, _: LeafOffLidar) -> _Measured | None:
