@@ -41,7 +41,8 @@ from canopy.model.losses import charbonnier, curriculum, histogram_cross_entropy
 from canopy.model.network import HeightNetwork
 from canopy.model.package import Contract, HeightModel, Training, load_model, normalise, save_model
 from canopy.model.recipe import Optim, TrainingRecipe, read_recipe
-from canopy.tiler.chips import read_index, resolve, tile_set_hash
+from canopy.tiler.chips import read_index, tile_set_hash
+from canopy.tiler.recipe import resolve
 
 FIXTURE_PX = 64
 LAST = "last.ckpt"

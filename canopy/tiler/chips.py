@@ -1,464 +1,159 @@
-"""A tile set: image and height chips on the lattice with an index, built from a recipe.
+"""A tile set: image and height chips on the lattice with an index, built from a recipe by a plan of small tasks.
 
 On disk it is a folder with `index.parquet` (GeoParquet, one row a chip, geometry in EPSG:4326), `image/<id>.tif`,
-`height/<id>.tif` and `recipe.toml`, the recipe as it was given. Validity is kept twice: the image has an internal mask (so 0
+`height/<id>.tif`, `recipe.toml`, the recipe as it was given, `plan.json`, what was built from which state of which files,
+and `manifests/`, the frozen searches where there were any. Validity is kept twice: the image has an internal mask (so 0
 stays black), the height is NaN where no height is known *or* no imagery exists.
 
-The recipe names the sources. Paths are relative to the recipe's folder; `${CANOPY_SAMPLES}` and other environment variables
-are expanded. A chip is a window of the CRS-anchored lattice: where an image is larger than a chip, windows start at
-multiples of the stride, counted from the origin of the CRS; where it is smaller, one window is centred on it, and what the
-image does not fill is masked. Nothing is stretched. So a chip's id (site and place) and its pixels do not depend on what
-else is in the recipe.
+A chip is a window of the CRS-anchored lattice: where an image is larger than a chip, windows start at multiples of the
+stride, counted from the origin of the CRS; where it is smaller, one window is centred on it, and what the image does not
+fill is masked. Nothing is stretched. So a chip's id (site and place) and its pixels do not depend on what else is in the
+recipe.
+
+Building is planning, then running tasks that depend on the plan alone, then putting their records together. A task writes
+its files under temporary names, renames them, and writes its record last; it may be run twice, by anybody, with the same
+bytes. So a build that was killed goes on where it was, and ends with the bytes of one that was not. Until the set is whole
+it lives in a hidden folder beside its place (`.NAME.build`), which holds the plan, the records and what is written so far.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
+import json
+import logging
 import math
 import os
-import re
 import shutil
-import tempfile
-import tomllib
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pyproj import CRS, Transformer
-from pyproj.exceptions import CRSError
+from pydantic import BaseModel, ConfigDict
+from pyproj import Transformer
 
-from canopy.errors import OutputError, RecipeError
+from canopy import __version__
+from canopy.errors import CanopyError, OutputError, RecipeError
 from canopy.grid import Box, Lattice
 from canopy.raster import Pixels, create_raster, read_raster
-from canopy.tiler.imagery import inspect, open_imagery
-from canopy.tiler.split import Place, SplitSettings, assign, crs_key, take_out_buffer
+from canopy.tiler.imagery import NO_DATE
+from canopy.tiler.quality import ChipFacts, JudgedChip, Verdict, judge, judge_set
+from canopy.tiler.recipe import TileSetRecipe, load_recipe
+from canopy.tiler.register import Shift, measure_shift, robust_shift, shift_height
+from canopy.tiler.scenes import (
+    Finder,
+    Item,
+    PlannedArea,
+    Scene,
+    gap_days,
+    label_tiles,
+    make_label,
+    median_day,
+    open_scene,
+    refuse_changed,
+)
+from canopy.tiler.split import Place, assign, crs_key, take_out_buffer
 
 if TYPE_CHECKING:
     import geopandas as gpd
 
+    from canopy.tiler.area import Area, BoundsLonLat
+
 INDEX: Final = "index.parquet"
+PLAN: Final = "plan.json"
+RECIPE: Final = "recipe.toml"
+
+DROPPED: Final = "dropped"
+"""The split of a chip that a quality check took out: its files are there to be looked at, no split holds it."""
 
 COLUMNS: Final = (
     "id", "geometry", "site", "block", "split", "image_date", "lidar_date", "gap_days", "gsd_m", "valid_fraction",
     "height_mean_m", "height_p95_m", "shift_x_m", "shift_y_m", "shift_score", "flags", "image_source", "lidar_source",
-    "licence", "sha256", "item", "crs", "row_px", "col_px",
+    "licence", "sha256", "item", "crs", "row_px", "col_px", "quality", "reasons", "shift_applied", "shift_decision",
 )  # fmt: skip
 """Columns of the index.
 
-`geometry` is the imagery inside the window, in EPSG:4326; `valid_fraction` the share of the whole window with a known
-height; `gap_days` the days between the two dates, empty when one is unknown; `shift_*` and `flags` belong to registration
-and quality checks and are NaN and "" until these have run; `sha256` is the digest of the bytes of the image file followed by
-those of the height file; `item` names the image; (`row_px`, `col_px`) is the window's first pixel on the lattice of `crs`.
+`geometry` is the imagery inside the window, in EPSG:4326; `image_date` the median day of the valid pixels where the imagery
+knows days, else the recipe's; `gap_days` the days between the two dates, empty when one is unknown; `valid_fraction` the
+share of the whole window with a known height. `shift_x_m`, `shift_y_m` and `shift_score` are what registration measured on
+this chip (NaN: not measured), `shift_applied` whether its heights were moved, `shift_decision` why, or by how much where the
+acquisition's shift was taken. `quality` is keep, flag or drop, `flags` the names of the checks that found something and
+`reasons` their sentences. `sha256` is the digest of the bytes of the image file followed by those of the height file; `item`
+names the image; (`row_px`, `col_px`) is the window's first pixel on the lattice of `crs`.
 """
 
+_SINCE_QUALITY: Final[Mapping[str, Any]] = {
+    "quality": "keep", "reasons": "", "shift_applied": False, "shift_decision": "kept: not measured",
+}  # fmt: skip
+"""What the last columns say of a set that was built before they existed."""
 
-SIMULATED_CRS: Final = "EPSG:32631"
-"""Where grown scenes lie unless the recipe says otherwise: the Gulf of Guinea, where no real chip can be."""
+TASK_WINDOWS: Final = 64
+"""Windows a task cuts: a second or two of work, so that little is lost with a worker and the records stay few."""
 
-SIMULATED_SEEDS: Final = 10_000
-"""Scenes have places of their own in a square of this many, so that the split parts them as it parts real sites."""
+WINDOWS_A_WORKER: Final = 500
+"""A local build starts one worker process for so many windows, up to one a core: starting one takes seconds."""
 
-SIMULATED_GAP_M: Final = 1000.0
-"""Least distance between two grown scenes; wider than any buffer."""
+ALLOWED_FAILURES: Final = 3
+"""Workers that one task may take down with it before the build gives up."""
 
-
-# --- the recipe ----------------------------------------------------------------------------------------------------------
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _ordered(bounds: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-    if not (bounds[0] < bounds[2] and bounds[1] < bounds[3]):
-        raise ValueError("must be left, bottom, right, top with left < right and bottom < top")
-    return bounds
+Progress = Callable[[str, int, int], None]
+"""Called with the stage ("labels", "shifts", "chips"), what is done of it and how much there is."""
 
 
-Bounds = Annotated[tuple[float, float, float, float], AfterValidator(_ordered)]
+# --- the plan ------------------------------------------------------------------------------------------------------------
 
 
-class _Source(_Table):
-    site: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    """Acquisition area; part of every chip's id."""
-    image_date: date | None = None
-    lidar_date: date | None = None
-    licence: str
-    image_source: str
-    """What the imagery is and who made it, for the index and the model card."""
-    lidar_source: str
+class _Value(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class Span(_Value):
+    """Consecutive windows of one item, in row-major order."""
+
+    item: int
+    first: int
+    stop: int
+
+
+class Plan(_Value):
+    """All that decides what a tile set will hold. Equal plans give equal bytes."""
+
+    canopy: str
+    """Version that made it."""
+    recipe: TileSetRecipe
+    area: PlannedArea | None
+    manifests: dict[str, str]
+    """SHA-256 of the frozen searches by file name."""
+    items: tuple[Item, ...]
+    labels: tuple[tuple[int, tuple[int, int, int, int]], ...]
+    """(item, tile) whose heights are made from points before any chip is cut."""
+    chips: tuple[tuple[Span, ...], ...]
+    """The windows of each task."""
 
     @property
-    def gap_days(self) -> int | None:
-        """Days between imagery and LiDAR; None when either date is unknown."""
-        return abs((self.image_date - self.lidar_date).days) if self.image_date and self.lidar_date else None
-
-
-class _Imaged(_Source):
-    image: str
-    """A raster, or a glob with one `*`."""
-    bounds_m: Bounds | None = None
-    """(left, bottom, right, top) in the chips' CRS; nothing outside is used."""
-    unlabelled_m: tuple[Bounds, ...] = ()
-    """Rectangles in the chips' CRS whose heights are not canopy, such as bridges and houses; the imagery stays."""
-
-
-class PairSource(_Imaged):
-    """Images with the canopy height models that belong to them; with globs, what `*` stands for pairs the files."""
-
-    kind: Literal["pair"]
-    height: str
-    """A canopy height model in metres, or a glob with one `*`."""
-    exclude: tuple[str, ...] = ()
-    """What `*` stands for in the files to leave out."""
-
-
-class LidarSource(_Imaged):
-    """An image with a point cloud, from which the heights are made on the image's lattice."""
-
-    kind: Literal["lidar"]
-    points: tuple[str, ...] = Field(min_length=1)
-    """LAS or LAZ files, or globs."""
-    algorithm: str = "p2r"
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Fields of `canopy.tiler.lidar.LidarOptions`."""
-
-
-class SimulatedSource(_Source):
-    """Forests whose heights are known: grown from seeds, or real canopy height models photographed anew."""
-
-    kind: Literal["simulated"]
-    seeds: tuple[Annotated[int, Field(ge=0, lt=SIMULATED_SEEDS)], ...] = Field(min_length=1)
-    """One scene a seed: trees, terrain, light and season are all drawn from it."""
-    size_m: float | None = Field(default=None, gt=0)
-    """Side of a grown scene."""
-    chm: str | None = None
-    """In place of `size_m`: a canopy height model in metres, or a glob with one `*`; each is photographed once a seed."""
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.size_m is None) == (self.chm is None):
-            raise ValueError("give either size_m, to grow forests, or chm, to photograph real ones")
-        return self
-
-
-Source = Annotated[PairSource | LidarSource | SimulatedSource, Field(discriminator="kind")]
-
-
-class TileSetRecipe(_Table):
-    """A tile set as its author writes it."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    """Name of the folder, beside the recipe unless another is given."""
-    gsd_m: float = Field(gt=0)
-    chip_px: int = Field(ge=32, multiple_of=32)
-    """Side of a chip; a multiple of the decoder's total stride."""
-    stride_px: int = Field(gt=0)
-    """Distance between the starts of neighbouring chips; less than `chip_px` makes them overlap."""
-    crs: str | None = None
-    """Metric CRS of all chips; default each image's own when it is metric, else its UTM zone."""
-    min_valid_fraction: float = Field(gt=0, le=1)
-    """Windows with a smaller share of known heights give no chip."""
-    bands: tuple[int, ...] = Field(default=(1, 2, 3), min_length=1)
-    """1-based bands of the images, in the order the model is to see."""
-    split: SplitSettings
-    source: tuple[Source, ...] = Field(min_length=1)
-
-    @field_validator("crs")
-    @classmethod
-    def _known(cls, crs: str | None) -> str | None:
-        try:
-            if crs is not None:
-                CRS.from_user_input(crs)
-        except CRSError as error:
-            raise ValueError(f"{crs!r} is no CRS; give for example EPSG:32610") from error
-        return crs
-
-    @model_validator(mode="after")
-    def _covers(self) -> Self:
-        if self.stride_px > self.chip_px:
-            raise ValueError(f"stride_px {self.stride_px} leaves gaps between chips of {self.chip_px} px; make it smaller")
-        return self
-
-
-def load_recipe(path: Path) -> TileSetRecipe:
-    """Read and check a recipe.
-
-    Raises:
-        RecipeError: missing or no TOML, an unknown key, or a value out of its range; the message names the key.
-    """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path} does not exist; give the path of a tile-set recipe (TOML)") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path} is no TOML file ({error}); correct it") from error
-    try:
-        return TileSetRecipe.model_validate(table)
-    except ValidationError as error:
-        raise RecipeError(f"{path}: {_first_problem(error)}") from error
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    # The tag of the union ("pair") stands between the list index and the key; readers of a TOML file do not know it.
-    names = [part for part in problem["loc"] if part not in ("pair", "lidar", "simulated")]
-    key = ".".join(str(part) for part in names) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; remove it or correct its name"
-    if problem["type"] == "missing":
-        return f"key {key!r} is missing; add it"
-    return f"{key}: {problem['msg'].removeprefix('Value error, ')}, not {problem['input']!r:.80}"
-
-
-# --- where files are -----------------------------------------------------------------------------------------------------
-
-
-def resolve(text: str, folder: Path) -> Path:
-    """A recipe's path: environment variables expanded, relative to the recipe's folder.
-
-    Raises:
-        RecipeError: a variable is not set.
-    """
-    for name in re.findall(r"\$\{(\w+)\}", text):
-        if not os.environ.get(name):
-            raise RecipeError(f"{text} needs the environment variable {name}, which is not set; export {name}=FOLDER")
-    return folder / re.sub(r"\$\{(\w+)\}", lambda match: os.environ[match[1]], text)
-
-
-def matches(text: str, folder: Path) -> dict[str, Path]:
-    """The files that a path or glob names, keyed by what `*` stands for (by the stem, without one).
-
-    Raises:
-        RecipeError: a variable is not set, more than one `*`, or no file.
-    """
-    path = resolve(text, folder)
-    if "*" not in str(path):
-        if not path.is_file():
-            raise RecipeError(f"{path} does not exist; correct the path in the recipe or fetch the file")
-        return {path.stem: path}
-    if str(path.parent).count("*") or path.name.count("*") != 1:
-        raise RecipeError(f"{text} must hold one * at most, in the file name; write one [[source]] per folder")
-    before, after = path.name.split("*")
-    found = {p.name[len(before) : len(p.name) - len(after)]: p for p in sorted(path.parent.glob(path.name))}
-    if not found:
-        raise RecipeError(f"{path} matches no file; correct the path in the recipe or fetch the files")
-    return found
-
-
-# --- sources become scenes -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scene:
-    """Imagery and heights of one item on the lattice, open for reading."""
-
-    box: Box
-    """The lattice pixels that may be used."""
-    image: Callable[[Box], Pixels]
-    """Any box -> (band, row, col) with its validity."""
-    height_m: Callable[[Box], NDArray[np.float32]]
-    """Any box -> (row, col) float32 metres, NaN unknown."""
-    unlabelled: tuple[Box, ...] = ()
-    """Where the heights are not canopy."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """One image with its heights, before any pixel is read."""
-
-    name: str
-    source: _Source
-    crs: CRS
-    open: Callable[[Lattice], Any]
-    """Lattice -> context manager of a `Scene`."""
-    variant: str = ""
-    """Tells apart the ids of several images of one place at one site."""
-
-
-def _items(recipe: TileSetRecipe, folder: Path) -> Iterator[Item]:
-    for source in recipe.source:
-        match source:
-            case PairSource():
-                yield from _pair_items(source, recipe, folder)
-            case LidarSource():
-                yield from _lidar_items(source, recipe, folder)
-            case SimulatedSource(chm=None):
-                yield from _grown_items(source, recipe)
-            case SimulatedSource():
-                yield from _reimaged_items(source, recipe, folder)
-
-
-def _crs(recipe: TileSetRecipe, image: Path) -> CRS:
-    return CRS.from_user_input(recipe.crs) if recipe.crs is not None else inspect(image).metric_crs
-
-
-def _pair_items(source: PairSource, recipe: TileSetRecipe, folder: Path) -> Iterator[Item]:
-    images, heights = matches(source.image, folder), matches(source.height, folder)
-    if "*" not in source.image and "*" not in source.height:
-        heights = dict(zip(images, heights.values(), strict=True))
-    if unpaired := sorted(images.keys() ^ heights.keys()):
-        side = "height" if unpaired[0] in images else "image"
-        raise RecipeError(
-            f"{source.site}: {unpaired[0]!r} has no {side} file; add it, or name it in `exclude` and rename it"
-        )
-    if unknown := sorted(set(source.exclude) - images.keys()):
-        raise RecipeError(f"{source.site}: `exclude` names {unknown[0]!r}, which matches no file; correct the name")
-    for name in sorted(images.keys() - set(source.exclude)):
-
-        @contextmanager
-        def scene(lattice: Lattice, image: Path = images[name], height: Path = heights[name]) -> Iterator[Scene]:
-            with open_imagery(image, lattice, recipe.bands) as colours, open_imagery(height, lattice, (1,)) as chm:
-                box = _bounded(colours.box, source, lattice, image)
-                yield Scene(
-                    box=box,
-                    image=colours.read,
-                    height_m=lambda part: _heights(chm.read(part)),
-                    unlabelled=_unlabelled(source, lattice),
-                )
-
-        yield Item(name=name, source=source, crs=_crs(recipe, images[name]), open=scene)
-
-
-def _lidar_items(source: LidarSource, recipe: TileSetRecipe, folder: Path) -> Iterator[Item]:
-    from canopy.tiler.lidar import LidarOptions, lidar_to_chm
-
-    clouds = sorted({path for text in source.points for path in matches(text, folder).values()})
-    try:
-        given = source.options | ({"crs": CRS.from_user_input(source.options["crs"])} if "crs" in source.options else {})
-        options = LidarOptions(**given)
-    except (TypeError, ValueError, CRSError) as error:
-        raise RecipeError(f"{source.site}: options of the source: {' '.join(str(error).split())}; correct it") from error
-    for name, image in matches(source.image, folder).items():
-
-        @contextmanager
-        def scene(lattice: Lattice, image: Path = image) -> Iterator[Scene]:
-            with open_imagery(image, lattice, recipe.bands) as colours:
-                box = _bounded(colours.box, source, lattice, image)
-                chm = lidar_to_chm(clouds, lattice.grid(box), source.algorithm, options=options).to_numpy()
-                yield Scene(
-                    box=box,
-                    image=colours.read,
-                    height_m=lambda part: _window(chm, box, part),
-                    unlabelled=_unlabelled(source, lattice),
-                )
-
-        yield Item(name=name, source=source, crs=_crs(recipe, image), open=scene)
-
-
-def _grown_items(source: SimulatedSource, recipe: TileSetRecipe) -> Iterator[Item]:
-    from canopy.simulate import ForestConfig, simulate_scene
-
-    assert source.size_m is not None, "a grown scene has a size"
-    _refuse_bands(source, recipe)
-    side = math.floor(source.size_m / recipe.gsd_m)
-    # Scenes start at a multiple of the stride, so that their windows fill them from the corner, and of the pitch, so that
-    # blocks of this size hold one scene each.
-    pitch = math.ceil((source.size_m + SIMULATED_GAP_M) / recipe.gsd_m / recipe.stride_px) * recipe.stride_px
-    west = round(500_000 / recipe.gsd_m / pitch) * pitch
-    for seed in source.seeds:
-        row, col = divmod(seed, math.isqrt(SIMULATED_SEEDS))
-        box = Box(-(row + 1) * pitch, west + col * pitch, -(row + 1) * pitch + side, west + col * pitch + side)
-
-        @contextmanager
-        def scene(lattice: Lattice, seed: int = seed, box: Box = box) -> Iterator[Scene]:
-            forest = ForestConfig.random(np.random.default_rng(seed))
-            grown = simulate_scene(grid=lattice.grid(box), seed=seed, forest=forest)
-            yield _scene_of(grown.image, grown.height_m, box)
-
-        crs = CRS.from_user_input(recipe.crs or SIMULATED_CRS)
-        yield Item(name=f"seed{seed}", source=source, crs=crs, open=scene)
-
-
-def _reimaged_items(source: SimulatedSource, recipe: TileSetRecipe, folder: Path) -> Iterator[Item]:
-    from canopy.simulate import reimage
-
-    assert source.chm is not None, "a canopy height model to photograph"
-    _refuse_bands(source, recipe)
-    for name, path in matches(source.chm, folder).items():
-        for seed in source.seeds:
-
-            @contextmanager
-            def scene(lattice: Lattice, path: Path = path, name: str = name, seed: int = seed) -> Iterator[Scene]:
-                with open_imagery(path, lattice, (1,)) as chm:
-                    box, height_m = chm.box, _heights(chm.read(chm.box))
-                # The name goes in as well, so that the models of a folder are not all seen in one light.
-                rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-                yield _scene_of(reimage(height_m, gsd_m=lattice.gsd_m, rng=rng), height_m, box)
-
-            yield Item(name=f"{name}-s{seed}", source=source, crs=_crs(recipe, path), open=scene, variant=f"s{seed}")
-
-
-def _refuse_bands(source: SimulatedSource, recipe: TileSetRecipe) -> None:
-    if recipe.bands != (1, 2, 3):
-        raise RecipeError(
-            f"{source.site} is simulated, in red, green and blue; bands must be [1, 2, 3], not {[*recipe.bands]}"
-        )
-
-
-def _scene_of(image: NDArray[np.uint8], height_m: NDArray[np.float32], outer: Box) -> Scene:
-    """A scene held in memory: arrays that cover `outer`; there is imagery wherever a height is known."""
-    known = np.isfinite(height_m)
-
-    def pixels(box: Box) -> Pixels:
-        data, valid = np.zeros((len(image), *box.shape), np.uint8), np.zeros(box.shape, bool)
-        if (part := outer.intersect(box)) is not None:
-            data[(slice(None), *part.slices_in(box))] = image[(slice(None), *part.slices_in(outer))]
-            valid[part.slices_in(box)] = known[part.slices_in(outer)]
-        return Pixels(data=data, valid=valid)
-
-    return Scene(box=outer, image=pixels, height_m=lambda box: _window(height_m, outer, box))
-
-
-def _heights(pixels: Pixels) -> NDArray[np.float32]:
-    """(row, col) float32 of a single band, NaN where invalid."""
-    return np.where(pixels.valid, pixels.data[0].astype(np.float32), np.float32(np.nan))
-
-
-def _bounded(box: Box, source: _Imaged, lattice: Lattice, image: Path) -> Box:
-    inside = box if source.bounds_m is None else box.intersect(lattice.covering(source.bounds_m))
-    if inside is None:
-        raise RecipeError(
-            f"bounds_m {source.bounds_m} of site {source.site} do not touch {image}; give them in {lattice.crs.name}"
-        )
-    return inside
-
-
-def _unlabelled(source: _Imaged, lattice: Lattice) -> tuple[Box, ...]:
-    return tuple(lattice.covering(bounds) for bounds in source.unlabelled_m)
-
-
-def _window(height_m: NDArray[np.float32], outer: Box, box: Box) -> NDArray[np.float32]:
-    """The pixels of `box` from an array that covers `outer`, NaN outside."""
-    out = np.full(box.shape, np.nan, np.float32)
-    if (part := outer.intersect(box)) is not None:
-        out[part.slices_in(box)] = height_m[part.slices_in(outer)]
-    return out
-
-
-# --- chips ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chip:
-    """A chip that has been written."""
-
-    id: str
-    item: Item
-    box: Box
-    footprint: Box
-    valid_fraction: float
-    height_mean_m: float
-    height_p95_m: float
-    sha256: str
+    def digest(self) -> str:
+        """SHA-256 of the plan."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    @property
+    def stages(self) -> dict[Stage, int]:
+        """Number of tasks by stage, in the order in which the stages run."""
+        registration = self.recipe.registration
+        measured = len(self.chips) if registration is not None and registration.apply == "acquisition" else 0
+        return {"labels": len(self.labels), "shifts": measured, "chips": len(self.chips)}
+
+
+Stage = Literal["labels", "shifts", "chips"]
 
 
 def chip_starts(start: int, stop: int, chip_px: int, stride_px: int) -> list[int]:
@@ -474,104 +169,591 @@ def chip_starts(start: int, stop: int, chip_px: int, stride_px: int) -> list[int
     return [k * stride_px for k in range(first, (stop - 1) // stride_px + 1)]
 
 
+def _starts(item: Item, recipe: TileSetRecipe) -> tuple[list[int], list[int]]:
+    box = item.lattice_box
+    side, stride = recipe.chip_px, recipe.stride_px
+    return chip_starts(box.row0, box.row1, side, stride), chip_starts(box.col0, box.col1, side, stride)
+
+
+def _window_count(item: Item, recipe: TileSetRecipe) -> int:
+    rows, cols = _starts(item, recipe)
+    return len(rows) * len(cols)
+
+
+def _tasks(items: Sequence[Item], recipe: TileSetRecipe) -> Iterator[tuple[Span, ...]]:
+    """Windows in the order of items and rows, so many a task. An item that is dear to open is one task."""
+    spans: list[Span] = []
+    room = TASK_WINDOWS
+    for number, item in enumerate(items):
+        count, first = _window_count(item, recipe), 0
+        if item.whole:
+            if spans:
+                yield tuple(spans)
+                spans, room = [], TASK_WINDOWS
+            yield (Span(item=number, first=0, stop=count),)
+            continue
+        while first < count:
+            stop = min(first + room, count)
+            spans.append(Span(item=number, first=first, stop=stop))
+            room, first = room - (stop - first), stop
+            if not room:
+                yield tuple(spans)
+                spans, room = [], TASK_WINDOWS
+    if spans:
+        yield tuple(spans)
+
+
+def _plan(recipe: TileSetRecipe, folder: Path, area: Area | None, manifests: Path, earlier: Path) -> Plan:
+    finder = Finder(recipe=recipe, folder=folder, area=area, manifests=manifests, earlier=(earlier,))
+    items = tuple(finder.items())
+    used = sorted({name for item in items for name in item.manifests})
+    return Plan(
+        canopy=__version__,
+        recipe=recipe,
+        area=PlannedArea.of(area) if area is not None else None,
+        manifests={name: hashlib.sha256((manifests / name).read_bytes()).hexdigest() for name in used},
+        items=items,
+        labels=tuple(
+            (number, (tile.row0, tile.col0, tile.row1, tile.col1))
+            for number, item in enumerate(items)
+            for tile in label_tiles(item)
+        ),
+        chips=tuple(_tasks(items, recipe)),
+    )
+
+
+def _what_changed(before: Plan, now: Plan) -> str:
+    """The first difference between two plans, in words."""
+    if before.canopy != now.canopy:
+        return f"by canopy {before.canopy}, this is {now.canopy}"
+    for name in TileSetRecipe.model_fields:
+        if getattr(before.recipe, name) != getattr(now.recipe, name):
+            return f"with another {name} in the recipe"
+    stamps = {stamp.path: stamp for item in before.items for stamp in item.stamps}
+    for stamp in (stamp for item in now.items for stamp in item.stamps):
+        if stamps.get(stamp.path) != stamp:
+            return f"with another {stamp.path}"
+    return "with another area" if before.area != now.area else "with other files"
+
+
+# --- building ------------------------------------------------------------------------------------------------------------
+
+
 def build_tile_set(
     recipe: Path,
     out: Path | None = None,
     *,
+    area: Area | Path | BoundsLonLat | None = None,
     overwrite: bool = False,
-    progress: Callable[[str, int], None] | None = None,
+    scheduler: str | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Build a tile set from a recipe; it takes its name only when it is whole.
+
+    A build that was stopped, however hard, is gone on with by the same call: what its tasks have recorded is not done again.
 
     Args:
         recipe: TOML file, a `TileSetRecipe`.
         out: Folder to make; default the recipe's name beside the recipe.
-        overwrite: Replace `out` when it exists.
-        progress: Called after each image with its name and the number of chips so far.
+        area: In place of the recipe's: an area, a file with polygons, or (west, south, east, north) in degrees.
+        overwrite: Replace `out` when it exists, and what is left of a build with another recipe or other files.
+        scheduler: Address of a dask scheduler, such as tcp://host:8786, whose workers see the same files under the same
+            paths; default: this machine alone.
+        workers: Processes on this machine; 1 is this process; default: one for `WINDOWS_A_WORKER` windows, up to one a core.
+            Needs the usual `if __name__ == "__main__"` in a script.
+        progress: See `Progress`.
 
     Returns:
         The folder.
 
     Raises:
-        RecipeError: the recipe is wrong, a file of it is missing, or it gives no chip or two chips of one id.
-        OutputError: `out` exists and `overwrite` is False.
-        RasterError, LidarError, GridError: a source cannot be read or placed.
+        RecipeError: the recipe is wrong, a file of it is missing or changed, or it gives no chip or two chips of one id.
+        OutputError: `out` exists and `overwrite` is False; another build is at work; or what is there was begun with
+            another recipe or other files; no scheduler answers.
+        RasterError, LidarError, GridError, AreaError, StacError: a source cannot be read or placed.
     """
     settings = load_recipe(recipe)
     out = recipe.parent / settings.name if out is None else out
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists; choose another folder with --out or replace it with --overwrite")
-    items = list(_items(settings, recipe.parent.resolve()))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
-        folder = Path(scratch) / out.name
-        (folder / "image").mkdir(parents=True)
-        (folder / "height").mkdir()
-        chips: list[Chip] = []
-        for item in items:
-            chips += _cut(item, settings, folder)
-            if progress is not None:
-                progress(item.name, len(chips))
-        chips.sort(key=lambda chip: chip.id)
-        for one, other in pairwise(chips):
-            if one.id == other.id:
-                raise RecipeError(
-                    f"{one.item.name} and {other.item.name} both give chip {one.id}; give each its own site in the recipe"
-                )
-        if not chips:
-            raise RecipeError(
-                f"{recipe} gives no chip with at least {settings.min_valid_fraction:.0%} known heights; "
-                f"lower min_valid_fraction or check that imagery and heights overlap"
-            )
-        _index(chips, settings).to_parquet(folder / INDEX, index=False)
-        shutil.copyfile(recipe, folder / "recipe.toml")
+    folder = recipe.parent.resolve()
+    within = _area(settings, folder, area)
+    build = out.resolve().parent / f".{out.name}.build"
+    with _alone(build, out):
+        plan = _plan(settings, folder, within, build / "manifests", out / "manifests")
+        work = _work(build, plan, overwrite=overwrite, out=out)
+        with _engine(scheduler, workers, plan) as engine:
+            for stage, count in plan.stages.items():
+                _run(engine, stage, count, plan=plan, work=work, progress=progress)
+                if stage == "shifts" and count:
+                    _write_json(work / SHIFTS, _acquisition_shifts(plan, work))
+        _finish(plan, work, recipe)
         if out.exists():
-            out.rename(Path(scratch) / "replaced")
-        folder.rename(out)
+            out.rename(work / "replaced")
+        (work / "set").rename(out)
     return out
 
 
-def _cut(item: Item, recipe: TileSetRecipe, folder: Path) -> list[Chip]:
-    lattice = Lattice(crs=item.crs, gsd_m=recipe.gsd_m)
-    side, stride = recipe.chip_px, recipe.stride_px
-    chips = []
-    with item.open(lattice) as scene:
-        for row in chip_starts(scene.box.row0, scene.box.row1, side, stride):
-            for col in chip_starts(scene.box.col0, scene.box.col1, side, stride):
-                box = Box(row, col, row + side, col + side)
-                footprint = box.intersect(scene.box)
-                assert footprint is not None, f"window {box} misses its image {scene.box}"
-                usable = np.zeros(box.shape, bool)
-                usable[footprint.slices_in(box)] = True
-                pixels = scene.image(box)
-                image = replace(pixels, valid=pixels.valid & usable)
-                height_m = np.where(image.valid, scene.height_m(box), np.float32(np.nan))
-                for masked in scene.unlabelled:
-                    if (part := masked.intersect(box)) is not None:
-                        height_m[part.slices_in(box)] = np.nan
-                known = height_m[np.isfinite(height_m)]
-                if known.size < recipe.min_valid_fraction * height_m.size:
-                    continue
-                chips.append(_write(item, lattice, folder, box=box, footprint=footprint, image=image, height_m=height_m))
-    return chips
+def _area(recipe: TileSetRecipe, folder: Path, given: Area | Path | BoundsLonLat | None) -> Area | None:
+    from canopy.tiler.area import area_of_bbox, as_area, read_area
+
+    if given is not None:
+        return as_area(given)
+    if recipe.bbox_deg is not None:
+        return area_of_bbox(recipe.bbox_deg)
+    from canopy.tiler.recipe import resolve
+
+    return None if recipe.area is None else read_area(resolve(recipe.area, folder))
+
+
+@contextmanager
+def _alone(build: Path, out: Path) -> Iterator[None]:
+    """Hold the working folder; afterwards it is gone, unless there is something in it to go on with."""
+    missing = [folder for folder in build.parents if not folder.exists()]
+    try:
+        build.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(build / "lock")
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise OutputError(f"another build of {out} is at work; wait for it, or choose another folder with --out") from error
+    except OSError as error:
+        raise OutputError(f"cannot create {build} ({error.strerror}); choose another folder with --out") from error
+    keep = False
+    try:
+        yield
+    except RecipeError:  # the recipe has to change, and with it the plan
+        raise
+    except BaseException as error:
+        keep = any(build.glob("*/records/*.json"))
+        if keep and isinstance(error, CanopyError):
+            raise type(error)(
+                f"{error}; what is done is kept in {build}, and the same command goes on from there"
+            ) from error
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(build, ignore_errors=True)
+        lock.release()
+        for folder in () if keep else missing:  # the folders this build made, innermost first, unless there is a set in them
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _work(build: Path, plan: Plan, *, overwrite: bool, out: Path) -> Path:
+    """The folder for the work on a plan, begun or gone on with.
+
+    It is named after the plan: a task of an abandoned plan that a distant worker still has in hand finds nothing to write
+    to.
+    """
+    work = build / plan.digest[:16]
+    for other in (folder for folder in build.iterdir() if folder.is_dir() and folder.name not in (work.name, "manifests")):
+        if not overwrite and any((other / "records").glob("*.json")):
+            before = Plan.model_validate_json((other / PLAN).read_bytes())
+            raise OutputError(
+                f"a build of {out} was begun {_what_changed(before, plan)} and not finished; "
+                f"go back to that, or start anew with --overwrite"
+            )
+        shutil.rmtree(other)
+    for name in ("records", "labels", "set/image", "set/height"):
+        (work / name).mkdir(parents=True, exist_ok=True)
+    if plan.manifests:
+        (work / "set" / "manifests").mkdir(exist_ok=True)
+    for name in plan.manifests:
+        _copy(build / "manifests" / name, work / "set" / "manifests" / name)
+    _write_text(work / PLAN, plan.model_dump_json(indent=1))
+    return work
+
+
+def _copy(source: Path, target: Path) -> None:
+    part = target.with_name(f".{target.name}.part")
+    shutil.copyfile(source, part)
+    part.replace(target)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path} ({error.strerror}); free disk space or choose another folder") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write_text(path, json.dumps(value))
+
+
+# --- running the tasks ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _engine(scheduler: str | None, workers: int | None, plan: Plan) -> Iterator[Any]:
+    """A dask client, or None for this process alone."""
+    if workers is not None and workers < 1:
+        raise OutputError(f"workers = {workers} is not at least 1; 1 is this process alone")
+    if scheduler is None:
+        windows = sum(span.stop - span.first for task in plan.chips for span in task)
+        wanted = min(os.cpu_count() or 1, windows // WINDOWS_A_WORKER) if workers is None else workers
+        count = min(wanted, len(plan.chips) + len(plan.labels))
+        if count <= 1:
+            yield None
+            return
+    import dask
+    from distributed import Client, LocalCluster
+
+    # What dask logs of a lost worker or connection is told in one line by who waits for the task.
+    for name in ("distributed", "distributed.nanny", "distributed.worker", "distributed.scheduler", "distributed.core"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with ExitStack() as stack:
+        stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": ALLOWED_FAILURES}))
+        address: Any = scheduler
+        if scheduler is None:
+            address = stack.enter_context(_local_cluster(LocalCluster, count))
+        try:
+            connect: Any = Client
+            client = stack.enter_context(connect(address, timeout="20s", set_as_default=False))
+        except (OSError, ValueError) as error:
+            raise OutputError(f"no dask scheduler answers at {scheduler}; give its address as tcp://host:8786") from error
+        yield client
+
+
+def _local_cluster(kind: Any, count: int) -> Any:
+    return kind(n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=logging.CRITICAL)
+
+
+def _run(engine: Any, stage: Stage, count: int, *, plan: Plan, work: Path, progress: Progress | None) -> None:
+    """Run the tasks of a stage that have no record yet."""
+    todo = [number for number in range(count) if not _is_done(work, stage, number)]
+    done = count - len(todo)
+    if progress is not None and count:
+        progress(stage, done, count)
+    for _ in _results(engine, stage, todo, plan, work):
+        done += 1
+        if progress is not None:
+            progress(stage, done, count)
+
+
+def _results(engine: Any, stage: Stage, todo: list[int], plan: Plan, work: Path) -> Iterator[int]:
+    call = (str(work), plan.digest, stage)
+    if engine is None:
+        for number in todo:
+            yield run_task(*call, number)
+        return
+    import distributed
+
+    # So many at a time that no worker waits, and the scheduler's memory does not grow with the plan.
+    waiting = iter(todo)
+    ahead = 4 * max(1, sum(engine.nthreads().values()))
+    futures: Any = distributed.as_completed(raise_errors=False)  # type: ignore[no-untyped-call]
+    numbers: dict[str, int] = {}
+
+    def submit(count: int) -> None:
+        for number, _ in zip(waiting, range(count), strict=False):
+            future = engine.submit(run_task, *call, number, pure=False)
+            numbers[future.key] = number
+            futures.add(future)
+
+    submit(ahead)
+    for future in futures:
+        try:
+            yield future.result()
+        except distributed.KilledWorker as error:
+            raise OutputError(
+                f"task {numbers[future.key]} of stage {stage} took {ALLOWED_FAILURES + 1} workers down with it, "
+                f"most often for want of memory; give each worker more"
+            ) from error
+        submit(1)
+
+
+def run_task(work: str, digest: str, stage: Stage, number: int) -> int:
+    """Do one task of a plan and write its record. Everything it opens, it opens here: it may run in any process.
+
+    Args:
+        work: Folder of the work on the plan.
+        digest: The plan's `digest`.
+        stage: Which tasks.
+        number: Which of them.
+
+    Returns:
+        `number`.
+    """
+    folder = Path(work)
+    plan = _read_plan(folder, digest)
+    match stage:
+        case "labels":
+            item, tile = plan.labels[number]
+            refuse_changed(plan.items[item].stamps)
+            make_label(plan.items[item], item, Box(*tile), plan.recipe, folder)
+            rows: list[Any] = []
+        case "shifts":
+            rows = [row for span in plan.chips[number] for row in _measure(plan, span, folder)]
+        case "chips":
+            rows = [chip.model_dump(mode="json") for span in plan.chips[number] for chip in _cut(plan, span, folder)]
+    _write_json(_record(folder, stage, number), rows)
+    return number
+
+
+@lru_cache(maxsize=2)
+def _read_plan(work: Path, digest: str) -> Plan:
+    try:
+        plan = Plan.model_validate_json((work / PLAN).read_bytes())
+    except OSError as error:
+        raise OutputError(
+            f"{work / PLAN} cannot be read by a worker ({error.strerror}); the workers must see the folder under this path"
+        ) from error
+    if plan.canopy != __version__:
+        raise OutputError(f"a worker runs canopy {__version__} and the build canopy {plan.canopy}; install one version")
+    assert plan.digest == digest, f"{work} holds another plan than the task belongs to"
+    return plan
+
+
+def _record(work: Path, stage: Stage, number: int) -> Path:
+    return work / "records" / f"{stage}-{number:07}.json"
+
+
+def _rows(work: Path, stage: Stage, number: int) -> list[Any]:
+    return json.loads(_record(work, stage, number).read_bytes())  # type: ignore[no-any-return]
+
+
+def _is_done(work: Path, stage: Stage, number: int) -> bool:
+    """Whether a task has its record, and for chips the files that it tells of."""
+    if not _record(work, stage, number).exists():
+        return False
+    return stage != "chips" or all(
+        path.exists() for row in _rows(work, stage, number) for path in _chip_paths(work / "set", row["id"])
+    )
+
+
+# --- windows -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Window:
+    """What there is at one window that is to become a chip."""
+
+    box: Box
+    footprint: Box
+    """The part with imagery of the item."""
+    image: Pixels
+    height_m: NDArray[np.float32]
+    """As the source has it, NaN where the image is not valid or the recipe leaves heights out."""
+    left_out: NDArray[np.bool_]
+    """Where the recipe leaves heights out."""
+
+
+def _windows(plan: Plan, span: Span, scene: Scene) -> Iterator[_Window]:
+    """The windows of a span that have enough known heights."""
+    recipe, item = plan.recipe, plan.items[span.item]
+    rows, cols = _starts(item, recipe)
+    outer, lattice = item.lattice_box, item.lattice(recipe)
+    area = None if plan.area is None or item.seed is not None else plan.area.mask_on(lattice)
+    for number in range(span.first, span.stop):
+        row, col = rows[number // len(cols)], cols[number % len(cols)]
+        box = Box(row, col, row + recipe.chip_px, col + recipe.chip_px)
+        footprint = box.intersect(outer)
+        assert footprint is not None, f"window {box} misses its image {outer}"
+        usable = np.zeros(box.shape, bool)
+        usable[footprint.slices_in(box)] = True
+        if area is not None:
+            usable &= area(box)
+        least = recipe.min_valid_fraction * usable.size
+        if np.count_nonzero(usable) < least:
+            continue
+        pixels = scene.image(box)
+        image = replace(pixels, valid=pixels.valid & usable)
+        if np.count_nonzero(image.valid) < least:
+            continue
+        left_out = np.zeros(box.shape, bool)
+        for masked in scene.unlabelled:
+            if (part := masked.intersect(box)) is not None:
+                left_out[part.slices_in(box)] = True
+        height_m = np.where(image.valid & ~left_out, scene.height_m(box), np.float32(np.nan))
+        if np.count_nonzero(np.isfinite(height_m)) < least:
+            continue
+        yield _Window(box=box, footprint=footprint, image=image, height_m=height_m, left_out=left_out)
+
+
+SHIFTS: Final = "shifts.json"
+"""The shift of each acquisition, in the working folder."""
+
+
+def _measure(plan: Plan, span: Span, work: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(item, shift) of every chip of a span."""
+    settings = plan.recipe.registration
+    assert settings is not None, "shifts are measured by a recipe with registration"
+    item = plan.items[span.item]
+    with open_scene(item, span.item, plan.recipe, work) as scene:
+        return [
+            (span.item, asdict(measure_shift(window.image, window.height_m, plan.recipe.gsd_m, settings)))
+            for window in _windows(plan, span, scene)
+        ]
+
+
+def _acquisition_shifts(plan: Plan, work: Path) -> dict[str, dict[str, Any]]:
+    """The one shift of each item, from the records of its chips, in their order."""
+    settings = plan.recipe.registration
+    assert settings is not None, "shifts are measured by a recipe with registration"
+    found: dict[int, list[Shift]] = defaultdict(list)
+    for number in range(len(plan.chips)):
+        for item, shift in _rows(work, "shifts", number):
+            found[item].append(Shift(**shift))
+    return {str(item): asdict(robust_shift(shifts, settings)) for item, shifts in sorted(found.items())}
+
+
+# --- chips ---------------------------------------------------------------------------------------------------------------
+
+
+class Chip(_Value):
+    """A chip that has been written: its row in a record."""
+
+    id: str
+    item: int
+    row_px: int
+    col_px: int
+    footprint: tuple[int, int, int, int]
+    """Lattice pixels with imagery: row0, col0, row1, col1."""
+    image_date: date | None
+    valid_fraction: float
+    height_mean_m: float
+    height_p95_m: float
+    sha256: str
+    shift_x_m: float = math.nan
+    shift_y_m: float = math.nan
+    shift_score: float = math.nan
+    shift_applied: bool = False
+    shift_decision: str = "kept: not measured"
+    verdict: Verdict = Verdict()
+    codes: str | None = None
+    """Fingerprint of the image, an .npy in base64, where duplicates are looked for."""
+
+
+def _cut(plan: Plan, span: Span, work: Path) -> Iterator[Chip]:
+    recipe, item = plan.recipe, plan.items[span.item]
+    acquisition = None
+    if recipe.registration is not None and recipe.registration.apply == "acquisition":
+        shifts = json.loads((work / SHIFTS).read_bytes())
+        acquisition = Shift(**shifts[str(span.item)]) if str(span.item) in shifts else None
+    with open_scene(item, span.item, recipe, work) as scene:
+        for found in _windows(plan, span, scene):
+            measured = (
+                None
+                if recipe.registration is None
+                else measure_shift(found.image, found.height_m, recipe.gsd_m, recipe.registration)
+            )
+            taken = measured if acquisition is None else acquisition
+            may = recipe.registration is not None and recipe.registration.apply != "never"
+            moved = may and taken is not None and taken.applied
+            height_m = _moved(found, scene, taken, recipe.gsd_m) if moved and taken is not None else found.height_m
+            if np.count_nonzero(np.isfinite(height_m)) < recipe.min_valid_fraction * height_m.size:
+                continue  # what was moved in lies over an edge or a void
+            yield _write(
+                plan, span.item, found, folder=work / "set", scene=scene, height_m=height_m, measured=measured, taken=taken,
+                moved=moved,
+            )  # fmt: skip
+
+
+def _moved(found: _Window, scene: Scene, shift: Shift, gsd_m: float) -> NDArray[np.float32]:
+    """The heights of a window, moved by a shift; what moves in comes from beyond the window's edge."""
+    margin = math.ceil(max(abs(shift.x_m), abs(shift.y_m)) / gsd_m) + 1
+    box = found.box
+    outer = Box(box.row0 - margin, box.col0 - margin, box.row1 + margin, box.col1 + margin)
+    height_m = shift_height(scene.height_m(outer), shift, gsd_m)[box.slices_in(outer)]
+    return np.where(found.image.valid & ~found.left_out, height_m, np.float32(np.nan))
 
 
 def _write(
-    item: Item,
-    lattice: Lattice,
-    folder: Path,
+    plan: Plan,
+    number: int,
+    found: _Window,
     *,
-    box: Box,
-    footprint: Box,
-    image: Pixels,
+    folder: Path,
+    scene: Scene,
     height_m: NDArray[np.float32],
+    measured: Shift | None,
+    taken: Shift | None,
+    moved: bool,
 ) -> Chip:
+    recipe, item, image = plan.recipe, plan.items[number], found.image
+    source = recipe.source[item.source]
     if image.data.dtype not in (np.uint8, np.uint16):
         raise RecipeError(f"{item.name} is {image.data.dtype}; chips hold uint8 or uint16, convert the image first")
-    name = "_".join([item.source.site, *([item.variant] if item.variant else []), f"r{box.row0}_c{box.col0}"])
-    grid = lattice.grid(box)
+    name = "_".join([source.site, *([item.variant] if item.variant else []), f"r{found.box.row0}_c{found.box.col0}"])
+    lattice = item.lattice(recipe)
     known_m = height_m[np.isfinite(height_m)]
-    paths = folder / "image" / f"{name}.tif", folder / "height" / f"{name}.tif"
+    taken_on = median_day(scene.days(found.box), image.valid, int(NO_DATE)) if scene.days is not None else None
+    image_date = taken_on or source.image_date
+    facts: dict[str, Any] = {}
+    if measured is not None and taken is not None:
+        facts = {
+            "shift_x_m": measured.x_m, "shift_y_m": measured.y_m, "shift_score": measured.score_after,
+            "shift_applied": moved, "shift_decision": _decision(measured, taken, moved=moved),
+        }  # fmt: skip
+    if recipe.quality is not None:
+        facts["verdict"] = judge(
+            ChipFacts(
+                image=image, height_m=height_m, gsd_m=recipe.gsd_m, left_out=found.left_out, image_date=image_date,
+                lidar_date=source.lidar_date, latitude_deg=_latitude_deg(lattice, found.box),
+                shift=None if measured is None or taken is None else _for_quality(measured, taken, moved=moved),
+            ),
+            recipe.quality,
+        )  # fmt: skip
+        if recipe.quality.duplicate_chips.on:
+            facts["codes"] = _codes(image)
+    footprint = found.footprint
+    return Chip(
+        id=name,
+        item=number,
+        row_px=found.box.row0,
+        col_px=found.box.col0,
+        footprint=(footprint.row0, footprint.col0, footprint.row1, footprint.col1),
+        image_date=image_date,
+        valid_fraction=known_m.size / height_m.size,
+        height_mean_m=float(known_m.mean(dtype=np.float64)),
+        height_p95_m=float(np.percentile(known_m, 95)),
+        sha256=_write_files(folder, name, lattice=lattice, box=found.box, image=image, height_m=height_m),
+        **facts,
+    )
+
+
+def _decision(measured: Shift, taken: Shift, *, moved: bool) -> str:
+    if moved and taken is not measured:
+        return f"applied: the acquisition's, {taken.x_m:+.2f} m east and {taken.y_m:+.2f} m north"
+    if taken.applied and not moved:
+        return "kept: registration only measures"
+    return taken.decision
+
+
+def _for_quality(measured: Shift, taken: Shift, *, moved: bool) -> Shift:
+    """The shift as the checks see it: what was taken out of the label, or what was measured and left in."""
+    return taken if moved else replace(measured, decision=_decision(measured, taken, moved=moved))
+
+
+def _latitude_deg(lattice: Lattice, box: Box) -> float:
+    left, bottom, right, top = lattice.grid(box).bounds
+    to_lonlat = Transformer.from_crs(lattice.crs, "EPSG:4326", always_xy=True)
+    return float(to_lonlat.transform((left + right) / 2, (bottom + top) / 2)[1])
+
+
+def _codes(image: Pixels) -> str:
+    from canopy.tiler.fingerprint import fingerprint
+
+    buffer = io.BytesIO()
+    np.save(buffer, fingerprint(image), allow_pickle=False)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _chip_paths(tile_set: Path, chip: str) -> tuple[Path, Path]:
+    return tile_set / "image" / f"{chip}.tif", tile_set / "height" / f"{chip}.tif"
+
+
+def _write_files(
+    folder: Path, name: str, *, lattice: Lattice, box: Box, image: Pixels, height_m: NDArray[np.float32]
+) -> str:
+    """Write the two files of a chip; their digest."""
+    grid, paths = lattice.grid(box), _chip_paths(folder, name)
     # One TIFF tile a chip; tile sides are multiples of 16, and chip sides of 32.
     tiling: dict[str, Any] = {"blockxsize": box.shape[1], "blockysize": box.shape[0]}
     data = np.where(image.valid, image.data, image.data.dtype.type(0))
@@ -585,74 +767,126 @@ def _write(
         predictor=3, **tiling,
     ) as writer:  # fmt: skip
         writer.write(0, height_m[None])
-    return Chip(
-        id=name,
-        item=item,
-        box=box,
-        footprint=footprint,
-        valid_fraction=known_m.size / height_m.size,
-        height_mean_m=float(known_m.mean(dtype=np.float64)),
-        height_p95_m=float(np.percentile(known_m, 95)),
-        sha256=hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest(),
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+# --- the index -----------------------------------------------------------------------------------------------------------
+
+
+def _finish(plan: Plan, work: Path, recipe: Path) -> None:
+    """Put the records together into the index, and the recipe and the plan beside it."""
+    chips = sorted(
+        (Chip.model_validate(row) for number in range(len(plan.chips)) for row in _rows(work, "chips", number)),
+        key=lambda chip: chip.id,
     )
+    names = [item.name for item in plan.items]
+    for one, other in pairwise(chips):
+        if one.id == other.id:
+            raise RecipeError(
+                f"{names[one.item]} and {names[other.item]} both give chip {one.id}; give each its own site in the recipe"
+            )
+    if not chips:
+        raise RecipeError(
+            f"{recipe} gives no chip with at least {plan.recipe.min_valid_fraction:.0%} known heights; "
+            f"lower min_valid_fraction or check that imagery and heights overlap"
+        )
+    part = work / f".{INDEX}.part"
+    try:
+        _index(chips, plan).to_parquet(part, index=False)
+        part.replace(work / "set" / INDEX)
+        _copy(recipe, work / "set" / RECIPE)
+        _copy(work / PLAN, work / "set" / PLAN)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the index in {work} ({error.strerror}); free disk space or choose another folder"
+        ) from error
 
 
-def _index(chips: Sequence[Chip], recipe: TileSetRecipe) -> gpd.GeoDataFrame:
+def _verdicts(chips: Sequence[Chip], places: Sequence[Place], plan: Plan) -> dict[str, Verdict]:
+    settings = plan.recipe.quality
+    if settings is None:
+        return {chip.id: chip.verdict for chip in chips}
+    judged = [
+        JudgedChip(
+            id=chip.id, site=place.site, verdict=chip.verdict, crs=crs_key(place.crs), bounds_m=place.footprint_m
+        )
+        for chip, place in zip(chips, places, strict=True)
+    ]  # fmt: skip
+    return judge_set(judged, settings, duplicates=_duplicates(chips) if settings.duplicate_chips.on else ())
+
+
+def _duplicates(chips: Sequence[Chip]) -> Iterable[tuple[str, str]]:
+    raise NotImplementedError
+
+
+def _index(chips: Sequence[Chip], plan: Plan) -> gpd.GeoDataFrame:
     import geopandas as gpd
     import pandas as pd
     import pyarrow as pa
     from shapely import Polygon
 
+    recipe = plan.recipe
+    side = recipe.chip_px
+    items = [plan.items[chip.item] for chip in chips]
+    sources = [recipe.source[item.source] for item in items]
+    lattices = [item.lattice(recipe) for item in items]
+    to_lonlat = {crs: Transformer.from_crs(crs, "EPSG:4326", always_xy=True) for crs in {each.crs for each in lattices}}
     places, outlines = [], []
-    for chip in chips:
-        lattice = Lattice(crs=chip.item.crs, gsd_m=recipe.gsd_m)
-        left, bottom, right, top = lattice.grid(chip.box).bounds
-        footprint = lattice.grid(chip.footprint).bounds
+    for chip, item, source, lattice in zip(chips, items, sources, lattices, strict=True):
+        window = Box(chip.row_px, chip.col_px, chip.row_px + side, chip.col_px + side)
+        left, bottom, right, top = lattice.grid(window).bounds
+        footprint = lattice.grid(Box(*chip.footprint)).bounds
         places.append(
             Place(
                 id=chip.id,
-                site=chip.item.source.site,
-                item=chip.item.name,
-                crs=chip.item.crs,
+                site=source.site,
+                item=item.name,
+                crs=lattice.crs,
                 centre_m=((left + right) / 2, (bottom + top) / 2),
                 footprint_m=footprint,
             )
         )
-        to_lonlat = Transformer.from_crs(lattice.crs, "EPSG:4326", always_xy=True)
         west, south, east, north = footprint
-        outlines.append(
-            Polygon(zip(*to_lonlat.transform([west, east, east, west], [south, south, north, north]), strict=True))
-        )
+        corners = to_lonlat[lattice.crs].transform([west, east, east, west], [south, south, north, north])
+        outlines.append(Polygon(zip(*corners, strict=True)))
+    verdicts = _verdicts(chips, places, plan)
     assigned = assign(places, recipe.split)
-    splits = take_out_buffer(places, [split for _, split in assigned], recipe.split.buffer_m)
-    sources = [chip.item.source for chip in chips]
+    splits = [
+        DROPPED if verdicts[chip.id].decision == "drop" else split
+        for chip, (_, split) in zip(chips, assigned, strict=True)
+    ]  # fmt: skip
+    splits = take_out_buffer(places, splits, recipe.split.buffer_m)
     dates = pd.ArrowDtype(pa.date32())
-    unmeasured = np.full(len(chips), np.nan)
+    gaps = [gap_days(chip.image_date, source.lidar_date) for chip, source in zip(chips, sources, strict=True)]
     columns = {
         "id": [chip.id for chip in chips],
         "geometry": outlines,
         "site": [source.site for source in sources],
         "block": [block for block, _ in assigned],
         "split": splits,
-        "image_date": pd.array([source.image_date for source in sources], dtype=dates),
+        "image_date": pd.array([chip.image_date for chip in chips], dtype=dates),
         "lidar_date": pd.array([source.lidar_date for source in sources], dtype=dates),
-        "gap_days": pd.array([source.gap_days for source in sources], dtype="Int32"),
+        "gap_days": pd.array(gaps, dtype="Int32"),
         "gsd_m": np.full(len(chips), recipe.gsd_m),
         "valid_fraction": [chip.valid_fraction for chip in chips],
         "height_mean_m": [chip.height_mean_m for chip in chips],
         "height_p95_m": [chip.height_p95_m for chip in chips],
-        "shift_x_m": unmeasured,
-        "shift_y_m": unmeasured,
-        "shift_score": unmeasured,
-        "flags": [""] * len(chips),
+        "shift_x_m": [chip.shift_x_m for chip in chips],
+        "shift_y_m": [chip.shift_y_m for chip in chips],
+        "shift_score": [chip.shift_score for chip in chips],
+        "flags": [verdicts[chip.id].flags for chip in chips],
         "image_source": [source.image_source for source in sources],
         "lidar_source": [source.lidar_source for source in sources],
         "licence": [source.licence for source in sources],
         "sha256": [chip.sha256 for chip in chips],
-        "item": [chip.item.name for chip in chips],
-        "crs": [crs_key(chip.item.crs) for chip in chips],
-        "row_px": [chip.box.row0 for chip in chips],
-        "col_px": [chip.box.col0 for chip in chips],
+        "item": [item.name for item in items],
+        "crs": [crs_key(lattice.crs) for lattice in lattices],
+        "row_px": [chip.row_px for chip in chips],
+        "col_px": [chip.col_px for chip in chips],
+        "quality": [verdicts[chip.id].decision for chip in chips],
+        "reasons": [verdicts[chip.id].reasons for chip in chips],
+        "shift_applied": [chip.shift_applied for chip in chips],
+        "shift_decision": [chip.shift_decision for chip in chips],
     }
     assert tuple(columns) == COLUMNS, "the index and its documentation differ"
     return gpd.GeoDataFrame(columns, geometry="geometry", crs="EPSG:4326")
@@ -664,6 +898,8 @@ def _index(chips: Sequence[Chip], recipe: TileSetRecipe) -> gpd.GeoDataFrame:
 def read_index(tile_set: Path) -> gpd.GeoDataFrame:
     """The index of a tile set, one row a chip in the order of their ids; the columns are those of `COLUMNS`.
 
+    A set that was built before chips were judged and registered reads as one whose chips were all kept as they are.
+
     Raises:
         RecipeError: no tile set, or one without some of the columns.
     """
@@ -673,6 +909,9 @@ def read_index(tile_set: Path) -> gpd.GeoDataFrame:
     if not path.is_file():
         raise RecipeError(f"{tile_set} is no tile set ({INDEX} is missing); build it with: canopy tile RECIPE")
     index = gpd.read_parquet(path)
+    for name, value in _SINCE_QUALITY.items():
+        if name not in index.columns:
+            index[name] = value
     if missing := [name for name in COLUMNS if name not in index.columns]:
         raise RecipeError(f"{path} lacks the column {missing[0]!r}; build the tile set again with this version")
     return index

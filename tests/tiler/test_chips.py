@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyproj import CRS
 from shapely.geometry import box as rectangle
 
-from canopy.errors import CanopyError, OutputError, RecipeError
+from canopy.errors import OutputError, RecipeError
 from canopy.grid import Box, Grid, Lattice
 from canopy.raster import read_raster, write_raster
 from canopy.simulate import ForestConfig, simulate_scene, write_scene
@@ -22,11 +22,11 @@ from canopy.tiler.chips import (
     build_tile_set,
     chip_starts,
     contact_sheet,
-    load_recipe,
     read_chip,
     read_index,
     tile_set_hash,
 )
+from canopy.tiler.recipe import load_recipe
 
 UTM = CRS.from_epsg(32617)
 RECIPES = Path(__file__).parents[2] / "tiles"
@@ -188,7 +188,7 @@ def test_the_hash_follows_the_split(wood):
     assert tile_set_hash(folder / "set") != digest
 
 
-def test_an_existing_folder_is_kept_and_a_failed_build_leaves_nothing(wood, monkeypatch):
+def test_an_existing_folder_is_kept_and_an_unfinished_one_has_no_name(wood, monkeypatch):
     folder, _ = wood
     path = recipe(folder)
     build_tile_set(path)
@@ -197,16 +197,23 @@ def test_an_existing_folder_is_kept_and_a_failed_build_leaves_nothing(wood, monk
         build_tile_set(path)
 
     def disk_full(*args, **kwargs):
-        raise CanopyError("disk full")
+        raise OutputError("disk full")
 
     before = sorted(p.name for p in folder.iterdir())
     monkeypatch.setattr(chips, "_index", disk_full)
-    with pytest.raises(CanopyError, match="disk full"):
+    with pytest.raises(OutputError, match=r"disk full; what is done is kept in .*\.set\.build"):
         build_tile_set(path, overwrite=True)
-    with pytest.raises(CanopyError, match="disk full"):
-        build_tile_set(path, folder / "other")
-    assert sorted(p.name for p in folder.iterdir()) == before
     assert tile_set_hash(folder / "set") == digest
+    with pytest.raises(OutputError, match="disk full"):
+        build_tile_set(path, folder / "other")
+    hidden = [".other.build", ".set.build"]
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*before, *hidden])
+    monkeypatch.undo()
+    monkeypatch.setattr(chips, "_cut", disk_full)  # what has a record is not cut again
+    build_tile_set(path, folder / "other")
+    build_tile_set(path, overwrite=True)
+    assert tile_set_hash(folder / "set") == tile_set_hash(folder / "other") == digest
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*before, "other"])
 
 
 def test_windows_with_few_heights_give_no_chip(wood):
