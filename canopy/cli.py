@@ -185,7 +185,9 @@ def map_(
         Path | None, typer.Argument(help="Area of interest (GeoJSON, GeoPackage, GeoParquet); none: the whole image.")
     ] = None,
     *,
-    imagery: Annotated[Path, typer.Option(help="Raster file with a CRS.")],
+    imagery: Annotated[
+        list[Path], typer.Option(help="Image file with a CRS, a folder of such, or a quoted pattern; may be repeated.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for height.tif, error.tif and run.json.")],
     model: Annotated[str, typer.Option(help="Model folder or name.")] = "canopy-sample",
     bbox: Annotated[

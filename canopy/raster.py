@@ -9,16 +9,21 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
 from pyproj import CRS
+from pyproj.exceptions import CRSError
 from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
@@ -30,6 +35,12 @@ from canopy.grid import Grid
 
 # A truncated JPEG is only a warning to libjpeg: the missing rows would arrive grey and be mapped as forest or field.
 _ENV = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE", "GDAL_TIFF_INTERNAL_MASK": "TRUE"}
+
+ALPHA_SAMPLE_BLOCKS = 4
+"""An alpha band is judged by this many rows of so many blocks, spread over the file."""
+
+_ALPHA_SAMPLE_PX = 64
+"""Least side of those blocks: the blocks of a PNG are single rows."""
 
 GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 """What rasterio raises when GDAL fails: its own exceptions and, from a few of its functions, GDAL's as they are."""
@@ -58,6 +69,10 @@ class Raster:
     def __init__(self, path: Path, dataset: Any) -> None:
         self.path = path
         self._dataset = dataset
+
+    def close(self) -> None:
+        """Close the file; `open_raster` does it by itself."""
+        self._dataset.close()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -113,28 +128,98 @@ class Raster:
         return tuple(self._dataset.block_shapes)
 
     @property
+    def driver(self) -> str:
+        """GDAL's name of the format."""
+        return str(self._dataset.driver)
+
+    def tags_in(self, namespace: str) -> dict[str, str]:
+        """Tags of the file in one of GDAL's metadata domains, such as IMAGERY."""
+        return dict(self._dataset.tags(ns=namespace))
+
+    @property
+    def has_palette(self) -> bool:
+        """Whether the values of a band are indices into a colour table instead of colours."""
+        return ColorInterp.palette in self._dataset.colorinterp
+
+    @property
+    def alpha_band(self) -> int | None:
+        """1-based index of the band that the file tags as alpha. Some writers tag near infrared so: see `alpha_sample`."""
+        return next((i for i, c in enumerate(self._dataset.colorinterp, start=1) if c == ColorInterp.alpha), None)
+
+    @property
     def data_bands(self) -> tuple[int, ...]:
-        """1-based indices of the bands that are not alpha."""
+        """1-based indices of the bands that are not tagged alpha."""
         return tuple(i for i, c in enumerate(self._dataset.colorinterp, start=1) if c != ColorInterp.alpha)
+
+    def alpha_sample(self) -> NDArray[Any]:
+        """Values of the alpha band in blocks spread over the file, to tell a mask from data; empty without alpha."""
+        if self.alpha_band is None:
+            return np.empty(0, self.dtype)
+        rows, cols = self.shape
+        block_rows, block_cols = (max(side, _ALPHA_SAMPLE_PX) for side in self.block_shapes[0])
+        parts = []
+        for top in _spread(-(-rows // block_rows)):
+            for left in _spread(-(-cols // block_cols)):
+                row, col = top * block_rows, left * block_cols
+                shape = (min(block_rows, rows - row), min(block_cols, cols - col))
+                parts.append(self.read(row, col, shape, (self.alpha_band,)).data.ravel())
+        return np.concatenate(parts)
 
     @property
     def grid(self) -> Grid:
-        """Where the pixels are.
+        """Where the pixels are. The CRS is the file's own or, where the format holds none, that of a `.prj` file beside it.
 
         Raises:
             RasterError: the file has no CRS or no geotransform.
         """
-        if self._dataset.crs is None:
-            raise RasterError(
-                f"{self.path} has no CRS, so its place on Earth is unknown; assign the right one first, "
-                f"for example: rio edit-info --crs EPSG:32610 {self.path.name}"
-            )
+        own = self._dataset.crs
+        crs = _crs(own.to_wkt()) if own is not None else self._sidecar_crs()
         if self._dataset.transform.is_identity:
             raise RasterError(f"{self.path} has no geotransform; add a world file or georeference it first")
-        crs = CRS.from_wkt(self._dataset.crs.to_wkt())
         return Grid(crs=crs, transform=self._dataset.transform, shape=self.shape)
 
-    def read(self, row: int, col: int, shape: tuple[int, int], bands: Sequence[int] | None = None) -> Pixels:
+    def _sidecar_crs(self) -> CRS:
+        """GDAL finds a world file beside a JPEG or PNG by itself, but not the `.prj` that goes with it."""
+        for suffix in (".prj", ".PRJ"):
+            sidecar = self.path.with_suffix(suffix)
+            if not sidecar.is_file():
+                continue
+            try:
+                return _crs(sidecar.read_text().strip())
+            except (CRSError, UnicodeDecodeError) as error:
+                raise RasterError(f"{sidecar} holds no CRS that PROJ can read; put its WKT there") from error
+        raise RasterError(
+            f"{self.path} has no CRS, so its place on Earth is unknown; assign the right one first, "
+            f"for example: rio edit-info --crs EPSG:32610 {self.path.name}, or put its WKT in a .prj file beside it"
+        )
+
+    def check_complete(self) -> None:
+        """Refuse a TIFF that ends before its pixels do, without reading them; other formats say it when they are read.
+
+        Raises:
+            RasterError: the last block lies beyond the end of the file.
+        """
+        if self.driver != "GTiff" or not self.path.is_file():
+            return
+        size, (rows, cols) = self.path.stat().st_size, self.shape
+        for band, (block_rows, block_cols) in enumerate(self.block_shapes, start=1):
+            last = f"{(cols - 1) // block_cols}_{(rows - 1) // block_rows}"
+            offset, length = (self._dataset.get_tag_item(f"BLOCK_{what}_{last}", "TIFF", bidx=band) for what in _PLACE)
+            if offset is not None and length is not None and int(offset) + int(length) > size:
+                raise RasterError(
+                    f"{self.path} is cut short: its last block ends at byte {int(offset) + int(length)} and the file has "
+                    f"{size}; fetch it again"
+                )
+
+    def read(
+        self,
+        row: int,
+        col: int,
+        shape: tuple[int, int],
+        bands: Sequence[int] | None = None,
+        *,
+        alpha_is_mask: bool = True,
+    ) -> Pixels:
         """The window of `shape` (row, col) whose first pixel is (row, col); it may hang over the edges.
 
         Args:
@@ -142,6 +227,7 @@ class Raster:
             col: First column; may be negative.
             shape: (rows, columns) to return.
             bands: 1-based indices, default all that are not alpha.
+            alpha_is_mask: Whether the band tagged alpha hides pixels. Asked for among `bands` it is data and hides none.
 
         Returns:
             `data` in the file's data type; outside the file it is 0 (NaN for floats) and `valid` is False. A pixel is
@@ -162,9 +248,14 @@ class Raster:
             return Pixels(data=data, valid=valid)
         window = Window(col0, row0, col1 - col0, row1 - row0)
         inside = (slice(row0 - row, row1 - row), slice(col0 - col, col1 - col))
+        alpha = self.alpha_band if alpha_is_mask else None
         try:
-            part = self._dataset.read(indices, window=window)
-            valid[inside] = self._valid(part, indices, window)
+            # Here and not where the file was opened: GDAL's options belong to the thread that reads.
+            with rasterio.Env(**_ENV):
+                part = self._dataset.read(indices, window=window)
+                valid[inside] = self._valid(part, indices, window)
+                if alpha is not None and alpha not in indices:
+                    valid[inside] &= self._dataset.read(alpha, window=window) > 0
         except GDAL_ERRORS as error:
             raise RasterError(
                 f"{self.path} cannot be decoded at rows {row0}-{row1} ({error.__cause__ or error}); "
@@ -174,8 +265,9 @@ class Raster:
         return Pixels(data=data, valid=valid)
 
     def _valid(self, part: NDArray[Any], indices: tuple[int, ...], window: Window) -> NDArray[np.bool_]:
+        """Which pixels the file's masks and nodata value leave, its alpha band apart."""
         flags = self._dataset.mask_flag_enums[indices[0] - 1]
-        if MaskFlags.per_dataset in flags:
+        if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
             valid = self._dataset.read_masks(indices[0], window=window) > 0
         elif MaskFlags.nodata in flags and not math.isnan(self._dataset.nodata):
             # One band may well hold the nodata value in a shadow or a flower; only all bands together say "nothing".
@@ -190,6 +282,26 @@ class Raster:
         return valid  # type: ignore[no-any-return]
 
 
+_PLACE = ("OFFSET", "SIZE")
+
+
+def _spread(count: int) -> list[int]:
+    """Up to `ALPHA_SAMPLE_BLOCKS` of the numbers below `count`, from the first to the last."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, ALPHA_SAMPLE_BLOCKS)})
+
+
+@lru_cache(maxsize=256)
+def _crs(wkt: str) -> CRS:
+    """The CRS of a WKT text, one object for all files that share it.
+
+    Why by its EPSG code where it is certain: one file names its CRS as EPSG does, the next, from a `.prj`, as Esri does, and
+    both mean the same pixels.
+    """
+    crs = CRS.from_wkt(wkt)
+    code = None if crs.is_bound or crs.is_compound else crs.to_epsg(min_confidence=100)
+    return CRS.from_epsg(code) if code is not None else crs
+
+
 @contextmanager
 def open_raster(path: str | os.PathLike[str]) -> Iterator[Raster]:
     """Open a raster for reading.
@@ -197,23 +309,58 @@ def open_raster(path: str | os.PathLike[str]) -> Iterator[Raster]:
     Raises:
         RasterError: the file is missing, empty, or nothing that GDAL can read.
     """
-    path = Path(path)
+    dataset = _open(Path(path))
+    with dataset:
+        yield Raster(Path(path), dataset)
+
+
+def _open(path: Path) -> Any:
     if not path.exists():
         raise RasterError(f"{path} does not exist; check the path")
     if path.is_file() and path.stat().st_size == 0:
         raise RasterError(f"{path} is empty (0 bytes); fetch it again")
-    import warnings
-
     with rasterio.Env(**_ENV), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `Raster.grid` says it, as an error
         try:
-            dataset = rasterio.open(path)
+            return rasterio.open(path)
         except GDAL_ERRORS as error:
             raise RasterError(
                 f"{path} cannot be read as a raster; give a GeoTIFF, JPEG or PNG with its CRS, or a VRT"
             ) from error
-        with dataset:
-            yield Raster(path, dataset)
+
+
+class RasterPool:
+    """Rasters that are opened when they are needed and stay open until others need the place."""
+
+    def __init__(self, limit: int) -> None:
+        assert limit > 0, f"a pool of {limit} files can hold none"
+        self._limit = limit
+        self._open: OrderedDict[Path, Raster] = OrderedDict()
+
+    def get(self, path: Path) -> Raster:
+        """The raster at `path`, to be used before the next call.
+
+        Raises:
+            RasterError: as `open_raster`.
+        """
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        while len(self._open) >= self._limit:
+            self._open.popitem(last=False)[1].close()
+        self._open[path] = raster = Raster(path, _open(path))
+        return raster
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
 
 def read_raster(path: str | os.PathLike[str], bands: Sequence[int] | None = None) -> tuple[Pixels, Grid]:

@@ -1,4 +1,4 @@
-"""A region from one image: plan its sheets, run each, publish one map.
+"""A region from its imagery: plan its sheets, run each, publish one map.
 
 What a user sees in the output folder is a finished map or nothing: work happens in a hidden folder beside the results and
 the files take their names last. A sheet reads its own halo and shares nothing with the others.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import shutil
 import time
@@ -38,7 +39,7 @@ from canopy.mosaicker.publish import (
     write_cog,
 )
 from canopy.tiler.area import Area, BoundsLonLat, area_mask, as_area
-from canopy.tiler.imagery import ImageryInfo, ground_gsd_m, inspect, open_imagery
+from canopy.tiler.imagery import Band, ImageFiles, Imagery, ImageryInfo, ImagerySource, LocalPaths, ground_gsd_m
 
 if TYPE_CHECKING:
     import geopandas
@@ -78,8 +79,8 @@ class MapResult:
 class _Plan:
     """Everything that decides the pixels, settled before the first of them is computed."""
 
-    info: ImageryInfo
-    bands: tuple[int, ...] | None
+    source: ImagerySource
+    bands: tuple[Band, ...] | None
     lattice: Lattice
     layout: Layout
     box: Box
@@ -87,18 +88,23 @@ class _Plan:
     area: geopandas.GeoSeries | None
     """The area of interest in the lattice's CRS; None: the whole image."""
     resampled: str
-    """How the image's pixels become lattice pixels."""
+    """How the imagery's pixels become lattice pixels."""
+
+    @property
+    def info(self) -> ImageryInfo:
+        """What the imagery is."""
+        return self.source.info
 
 
 def map_region(
     aoi: Area | Path | BoundsLonLat | None = None,
     *,
-    imagery: Path,
+    imagery: LocalPaths | ImagerySource,
     model: Path | str,
     out: Path,
     gsd_m: float | None = None,
     crs: CRS | str | None = None,
-    bands: Sequence[int] | None = None,
+    bands: Sequence[Band] | None = None,
     sheet_px: int = SHEET_PX,
     device: str = "cpu",
     overwrite: bool = False,
@@ -108,13 +114,14 @@ def map_region(
 
     Args:
         aoi: Area of interest: an `Area`, a vector file in any CRS, (west, south, east, north) in degrees, or None for the
-            whole image. Only pixels whose centre lies inside get a value; the model sees the imagery around them too.
-        imagery: A raster file with a CRS.
+            whole imagery. Only pixels whose centre lies inside get a value; the model sees the imagery around them too.
+        imagery: An image file with a CRS, a folder of such, a pattern, or a list of these; or any other source of imagery.
+            Of overlapping files the finer gives the pixel, then the newer: see `canopy.tiler.imagery`.
         model: A model folder, or the name of one.
         out: Folder for the results; created, and refused when it holds anything, unless `overwrite`.
-        gsd_m: Ground sampling distance of the map in metres; default the image's own.
-        crs: Metric CRS of the map; default the image's own if metric, else the UTM zone of its centre.
-        bands: 1-based image bands in the order of the model's contract; default all that are not alpha.
+        gsd_m: Ground sampling distance of the map in metres; default the imagery's own, the finest where it is mixed.
+        crs: Metric CRS of the map; default the imagery's own if metric, else the UTM zone of its centre.
+        bands: 1-based image bands, or their names, in the order of the model's contract; default all but a mask.
         sheet_px: Side of the sheets that the region is cut into; does not change a pixel.
         device: torch device.
         overwrite: Replace the results of an earlier run in `out`, once the new ones are whole.
@@ -129,11 +136,11 @@ def map_region(
     from canopy.model.package import find_model, load_model
 
     started, clock = datetime.now(UTC), time.perf_counter()
-    info = inspect(Path(imagery))
+    source = ImageFiles(imagery) if isinstance(imagery, str | os.PathLike | Sequence) else imagery
     _check_device(device)
     height_model = load_model(find_model(model), device=device)
     loaded_s = time.perf_counter() - clock
-    plan = _plan(aoi, info, height_model.contract, gsd_m=gsd_m, crs=crs, bands=bands, sheet_px=sheet_px)
+    plan = _plan(aoi, source, height_model.contract, gsd_m=gsd_m, crs=crs, bands=bands, sheet_px=sheet_px)
     out = Path(out)
     with _work_folder(out, overwrite=overwrite, need_bytes=BYTES_PER_PIXEL * math.prod(plan.box.shape)) as work:
         staged, stages = _run_sheets(plan, height_model, work, progress)
@@ -171,30 +178,31 @@ def map_region(
 
 def _plan(
     aoi: Area | Path | BoundsLonLat | None,
-    info: ImageryInfo,
+    source: ImagerySource,
     contract: Contract,
     *,
     gsd_m: float | None,
     crs: CRS | str | None,
-    bands: Sequence[int] | None,
+    bands: Sequence[Band] | None,
     sheet_px: int,
 ) -> _Plan:
+    info = source.info
     coarsest = contract.gsd_range_m[1]
-    if info.gsd_m > coarsest * (1 + GSD_SLACK):
+    if info.coarsest_gsd_m > coarsest * (1 + GSD_SLACK):
         raise ContractError(
-            f"{info.path} has a GSD of {info.gsd_m:.3g} m, coarser than the {coarsest:g} m of {contract.name}: resampling "
-            f"cannot bring back crowns that it does not show; use finer imagery or another model"
+            f"{info.coarsest} has a GSD of {info.coarsest_gsd_m:.3g} m, coarser than the {coarsest:g} m of {contract.name}: "
+            f"resampling cannot bring back crowns that it does not show; use finer imagery or another model"
         )
     map_gsd_m = info.gsd_m if gsd_m is None else gsd_m
     contract.check_imagery(band_count=info.band_count if bands is None else len(bands), dtype=info.dtype, gsd_m=map_gsd_m)
     lattice = Lattice(crs=_crs(crs) if crs is not None else info.metric_crs, gsd_m=map_gsd_m)
     layout = Layout(window_px=contract.window_px, stride_px=contract.stride_px)
-    with open_imagery(info.path, lattice, bands) as source:
-        image_box, resampled = source.box, source.resampled
+    with source.open(lattice, bands) as opened:
+        image_box, resampled = opened.box, opened.resampled
     on_ground_m = ground_gsd_m(lattice.grid(image_box))
     if abs(on_ground_m / lattice.gsd_m - 1) > GSD_SLACK:
         raise GridError(
-            f"pixels of {lattice.gsd_m:g} m in {lattice.crs.name!r} are {on_ground_m:.3g} m on the ground at {info.path}, "
+            f"pixels of {lattice.gsd_m:g} m in {lattice.crs.name!r} are {on_ground_m:.3g} m on the ground at {info.source}, "
             f"more than {GSD_SLACK:.0%} off; choose a CRS made for that place with --crs, for example "
             f"{utm_crs(info.centre_lon_deg, info.centre_lat_deg).to_string()}"
         )
@@ -205,14 +213,14 @@ def _plan(
         covered = lattice.covering(tuple(area.total_bounds)).intersect(image_box)
         if covered is None:
             raise AreaError(
-                f"the area of interest ({wanted}) lies outside {info.path} "
+                f"the area of interest ({wanted}) lies outside {info.source} "
                 f"(centre {info.centre_lon_deg:.4f}, {info.centre_lat_deg:.4f}); check its CRS and coordinates"
             )
         box = covered
     # A region that fits one sheet is one, wherever the sheet borders are: no window is then computed twice.
     sheets = (box,) if max(box.shape) <= sheet_px else tuple(sheets_over(box, sheet_px))
     return _Plan(
-        info=info, bands=tuple(bands) if bands is not None else None, lattice=lattice, layout=layout, box=box,
+        source=source, bands=tuple(bands) if bands is not None else None, lattice=lattice, layout=layout, box=box,
         sheets=sheets, area=area, resampled=resampled,
     )  # fmt: skip
 
@@ -256,13 +264,15 @@ def _run_sheets(plan: _Plan, model: HeightModel, work: Path, progress: Progress 
 
     staged: list[StagedSheet] = []
     has_height = False
-    with open_imagery(plan.info.path, plan.lattice, plan.bands) as source:
+    with plan.source.open(plan.lattice, plan.bands) as source:
         for sheet in plan.sheets:
             part, found = _run_sheet(plan, sheet, model=model, source=source, work=work, stages=stages, advance=advance)
             staged.append(part)
             has_height = has_height or found
     if not has_height:
-        raise AreaError(f"{plan.info.path} has no valid pixel in the area of interest; choose an area that the image covers")
+        raise AreaError(
+            f"{plan.info.source} has no valid pixel in the area of interest; choose an area that the imagery covers"
+        )
     return staged, stages
 
 
@@ -271,7 +281,7 @@ def _run_sheet(
     sheet: Box,
     *,
     model: HeightModel,
-    source: Any,
+    source: Imagery,
     work: Path,
     stages: Stages,
     advance: Callable[[int], None],
@@ -370,7 +380,7 @@ def _tags(plan: _Plan, contract: Contract) -> dict[str, str]:
         "CANOPY_MODEL": f"{contract.name} {contract.version}",
         "CANOPY_MODEL_SHA256": contract.weights_sha256,
         "CANOPY_CALIBRATION": promise,
-        "CANOPY_IMAGERY": plan.info.path.name,
+        "CANOPY_IMAGERY": Path(plan.info.source).name,
         "CANOPY_IMAGERY_RESAMPLING": plan.resampled,
         "CANOPY_WINDOW_PX": f"{plan.layout.window_px} every {plan.layout.stride_px}",
     }
@@ -389,8 +399,10 @@ def _record(
         "canopy": __version__,
         "started": started.isoformat(timespec="seconds"),
         "imagery": {
-            "path": str(plan.info.path), "gsd_m": plan.info.gsd_m, "dtype": plan.info.dtype, "bands": plan.bands,
-            "crs": plan.info.grid.crs.to_string(), "resampling": plan.resampled,
+            "source": plan.info.source, "files": plan.source.record(), "gsd_m": plan.info.gsd_m,
+            "dtype": plan.info.dtype, "bands": plan.bands,
+            "crs": plan.info.crs.to_string(), "resampling": plan.resampled, "alpha": plan.info.alpha,
+            "alpha_reason": plan.info.alpha_reason,
         },
         "model": {
             "name": model.contract.name, "version": model.contract.version, "weights_sha256": model.contract.weights_sha256,

@@ -345,7 +345,7 @@ BAD = [
     (truncated_jpeg, ["a.jpg", "fetch it again"]),
     (empty_file, ["a.tif", "0 bytes"]),
     (missing, ["a.tif", "does not exist"]),
-    (a_folder, ["cannot be read"]),
+    (a_folder, ["holds no image", ".tif"]),
     (area_outside, ["area of interest", "outside"]),
     (area_elsewhere, ["area of interest", "outside"]),
     (area_empty, ["no polygon"]),

@@ -21,7 +21,7 @@ from canopy.grid import Box, Layout
 from canopy.model.package import HeightModel
 from canopy.mosaicker.blend import Blend, Strip
 from canopy.raster import Pixels
-from canopy.tiler.imagery import LocalImagery
+from canopy.tiler.imagery import Imagery
 
 GPU_BATCH = 8
 """Windows in one forward pass on an accelerator; a fixed shape, the last batch of a row is filled up."""
@@ -56,7 +56,7 @@ class Prediction:
 
 def predict_sheet(
     model: HeightModel,
-    imagery: LocalImagery,
+    imagery: Imagery,
     layout: Layout,
     box: Box,
     *,
@@ -148,7 +148,7 @@ def _run(
 class _Band:
     """Reads rows of windows from the top; the rows that two of them share are read once."""
 
-    def __init__(self, imagery: LocalImagery, col0: int, col1: int) -> None:
+    def __init__(self, imagery: Imagery, col0: int, col1: int) -> None:
         self._imagery, self._col0, self._col1 = imagery, col0, col1
         self._last: tuple[int, Pixels] | None = None
 

@@ -1,28 +1,40 @@
-"""Imagery on the lattice, from a local file that GDAL can read (GeoTIFF, JPEG or PNG with its sidecar, VRT).
+"""Imagery on the lattice, from local files that GDAL can read: GeoTIFF, JPEG or PNG with its sidecars, VRT; one or many.
 
-A file whose pixels already are lattice pixels is read as it is. Any other is resampled once, in warp tiles that are
-fixed by the lattice: each is warped whole, from the same source pixels, whoever asks for a part of it. So a pixel does
-not depend on the area of interest or on the sheet it is read for, not even by a rounding.
+Files whose pixels already are lattice pixels are read as they are. Any other is resampled once, in warp tiles that are
+fixed by the lattice: each is warped whole, from the same source pixels, whoever asks for a part of it. So a pixel does not
+depend on the area of interest or on the sheet it is read for, not even by a rounding.
+
+Files of one pixel grid (same CRS, pixel size and phase) are one image, cut up: they are put together on that grid first
+and warped together, so that the cuts cannot be seen. Files of different grids are warped apart. Where files overlap every
+pixel comes whole from one of them: from the one of finer GSD (to two significant digits), among these from the newer (a
+known date before an unknown one), among these from the first by name. A pixel that this file holds but masks comes from
+the next.
 """
 
 from __future__ import annotations
 
+import glob
 import math
-from collections import OrderedDict
+import os
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+from affine import Affine
 from numpy.typing import NDArray
-from pyproj import CRS, Transformer
+from pyproj import CRS, Geod, Transformer
 from pyproj.exceptions import ProjError
+from rasterio.enums import Resampling
 
 from canopy.errors import GridError, RasterError
-from canopy.grid import Box, Grid, Lattice, is_metric, utm_crs
-from canopy.raster import Pixels, Raster, open_raster, warp
+from canopy.grid import SNAP_TOLERANCE_PX, Box, Grid, Lattice, is_metric, utm_crs
+from canopy.raster import Pixels, Raster, RasterPool, open_raster, warp
 
 WARP_TILE_PX = 512
 """Side of the warp tiles. Larger tiles warp no faster per pixel; smaller ones re-read more of the kernel's margin."""
@@ -30,8 +42,33 @@ WARP_TILE_PX = 512
 NO_DATE = np.int32(np.iinfo(np.int32).min)
 """The day of a pixel that has none: its date is unknown, or there is no imagery."""
 
+RASTER_SUFFIXES = (".tif", ".tiff", ".jpg", ".jpeg", ".png", ".jp2", ".img")
+"""What a folder's images end in; its other files are left out. A VRT is opened by its name: beside its own tiles it would
+be the same pixels again, and its gaps black."""
+
+OPEN_FILES = 64
+"""Files held open at a time, far below the 1024 that a process may have on most systems."""
+
+ALPHA_SAMPLE_FILES = 16
+"""Of many files with an alpha band so many are looked into to tell a mask from data."""
+
+MASK_TONES_PERCENT = 10
+"""An alpha band is a mask when fewer of its pixels than these have a value between its lowest and highest: soft edges."""
+
+MASK_TONES = 16
+"""... or when it has no more different values than these: an evenly translucent layer."""
+
+_PHASE_STEPS = 1 << 16
+"""Files are of one pixel grid when their phases agree to this part of a pixel; thousands of times what floats round."""
+
 _EDGE_STEPS = 16
 """Points per tile edge that are carried into the image's CRS to find what the tile needs of it."""
+
+LocalPaths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""A file, a folder, a pattern such as photos/**/*.tif, or a list of these."""
+
+Band = int | str
+"""A band by its 1-based index or its description."""
 
 
 class Imagery(Protocol):
@@ -72,96 +109,555 @@ class Imagery(Protocol):
         """(row, col) days since 1970-01-01 of the scene each pixel came from; `NO_DATE` where unknown or invalid."""
 
 
+class ImagerySource(Protocol):
+    """Where imagery comes from, looked up once; it can be opened on any lattice."""
+
+    @property
+    def info(self) -> ImageryInfo:
+        """What the imagery is."""
+
+    def open(self, lattice: Lattice, bands: Sequence[Band] | None = None) -> AbstractContextManager[Imagery]:
+        """The imagery on a lattice."""
+
+    def record(self) -> list[dict[str, Any]]:
+        """The files or items, each with what tells it from a later version, for a run's record."""
+
+
+# --- what imagery is -----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageryInfo:
-    """What an image is, before any of its pixels are read."""
+class ImageFile:
+    """An image file's header."""
 
     path: Path
     grid: Grid
+    """Its pixels. The pixel size is the round number that was meant when that moves no pixel by more than
+    `SNAP_TOLERANCE_PX`, and the phase is rounded to 1/65536 px: files cut from one image then agree to the last bit."""
+    pixel_grid: PixelGrid
+    """Equal for files whose pixels are those of one larger grid."""
+    origin_px: tuple[int, int]
+    """(row, col) of the first pixel on that grid."""
     band_count: int
-    """Bands that are not alpha."""
+    band_names: tuple[str | None, ...]
+    """Descriptions of the bands."""
+    alpha_band: int | None
+    """1-based index of the band tagged alpha."""
+    dtype: str
+    day: int
+    """Days since 1970-01-01 on which the image was taken, or `NO_DATE`."""
+    size_bytes: int
+    modified: str
+    """When the file was last written, ISO 8601 in UTC."""
+    gsd_m: float = math.nan
+    """Ground sampling distance in metres, as `ImageryInfo.gsd_m`."""
+    centre_lon_deg: float = math.nan
+    centre_lat_deg: float = math.nan
+
+    @property
+    def preference(self) -> tuple[float, int, str, str]:
+        """Where files overlap, the one with the lowest of these gives the pixel."""
+        return float(f"{self.gsd_m:.2g}"), -self.day, self.path.name, str(self.path)
+
+
+class PixelGrid(NamedTuple):
+    """A grid without ends: what files that are cut from one image have in common."""
+
+    crs: str
+    a: float
+    b: float
+    d: float
+    e: float
+    col_phase: int
+    """Where the CRS's origin lies in its pixel, along the columns, in parts of 1/65536."""
+    row_phase: int
+
+    @property
+    def transform(self) -> Affine:
+        """Pixel (col, row) to CRS (x, y), counted from the pixel of the CRS's origin."""
+        col, row = self.col_phase / _PHASE_STEPS, self.row_phase / _PHASE_STEPS
+        return Affine(
+            self.a, self.b, -(self.a * col + self.b * row), self.d, self.e, -(self.d * col + self.e * row)
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageryInfo:
+    """What imagery is, before any of its pixels are read."""
+
+    source: str
+    """As it was named, for messages."""
+    crs: CRS
+    """The CRS of the image; of several, the one that covers most, metric ones first."""
+    band_count: int
+    """Bands that are delivered unless others are chosen: all that do not serve as a mask."""
+    band_names: tuple[str | None, ...]
+    """Descriptions of the bands of the preferred file."""
     dtype: str
     gsd_m: float
     """Ground sampling distance in metres, the coarser of the two axes: in a metric CRS the pixel size as it is, so that the
-    image's own pixels can be lattice pixels; in any other, measured on the ground at the centre."""
+    image's own pixels can be lattice pixels; in any other, measured on the ground at the centre. Of several the finest."""
+    coarsest_gsd_m: float
+    """The same, of the coarsest of several."""
+    coarsest: str
+    """Which that is, for messages."""
+    alpha: Literal["none", "mask", "data"]
+    """What the band tagged alpha is used as unless it is asked for: the mask of the others, or one more band of data."""
+    alpha_reason: str
+    """Why."""
     centre_lon_deg: float
     centre_lat_deg: float
+    files: tuple[ImageFile, ...] = ()
+    """The local files, the preferred first."""
+    left_out: tuple[str, ...] = ()
+    """Endings of the files that a folder holds besides its images."""
 
     @property
     def metric_crs(self) -> CRS:
-        """The image's own CRS when its unit is the metre on the ground, else the UTM zone of its centre."""
-        return self.grid.crs if is_metric(self.grid.crs) else utm_crs(self.centre_lon_deg, self.centre_lat_deg)
+        """The imagery's own CRS when its unit is the metre on the ground, else the UTM zone of its centre."""
+        return self.crs if is_metric(self.crs) else utm_crs(self.centre_lon_deg, self.centre_lat_deg)
 
 
-def inspect(path: Path) -> ImageryInfo:
-    """Read an image's header.
+class ImageFiles:
+    """Local image files, their headers read once.
+
+    Args:
+        paths: A file, a folder, a pattern, or a list of these.
 
     Raises:
-        RasterError: unreadable, without CRS or geotransform, or of mixed data types.
+        RasterError: none found; one unreadable, cut short, without CRS or geotransform, or unlike the others in data type.
     """
-    with open_raster(path) as raster:
-        grid = raster.grid
-        rows, cols = raster.shape
-        band_count, dtype = len(raster.data_bands), raster.dtype
-    centre = grid.xy(cols / 2, rows / 2)
-    try:
-        to_degrees = Transformer.from_crs(grid.crs, "EPSG:4326", always_xy=True)
-    except ProjError as error:
-        raise RasterError(
-            f"{path} has the CRS {grid.crs.name!r}, which has no known place on Earth; assign the right one first, "
-            f"for example: rio edit-info --crs EPSG:32610 {path.name}"
-        ) from error
-    lon, lat = to_degrees.transform(*centre)
-    if not (abs(lon) <= 360 and abs(lat) <= 90):  # infinite where the CRS ends; metres in a CRS of degrees
-        raise RasterError(f"{path}: the centre {centre} lies outside the domain of {grid.crs.name!r}; assign the right CRS")
-    gsd_m = max(grid.gsd) if is_metric(grid.crs) else ground_gsd_m(grid)
-    return ImageryInfo(
-        path=path, grid=grid, band_count=band_count, dtype=dtype, gsd_m=gsd_m, centre_lon_deg=lon, centre_lat_deg=lat
-    )
+
+    def __init__(self, paths: LocalPaths) -> None:
+        found, name, left_out = _find(paths)
+        with ThreadPoolExecutor(max_workers=8, thread_name_prefix="header") as readers:
+            headers = list(readers.map(_header, found))
+        files = tuple(sorted(_located(headers), key=lambda file: file.preference))
+        first = min(files, key=lambda file: file.path)
+        for file in files:
+            if file.dtype != first.dtype:
+                raise RasterError(
+                    f"{file.path} is {file.dtype} but {first.path} is {first.dtype}; files that are mapped together must "
+                    f"share one data type: convert one, or name them apart"
+                )
+        alpha, reason = _judge_alpha(files)
+        lon_deg, lat_deg = _centre(files)
+        coarsest = max(files, key=lambda file: file.gsd_m)
+        self.info = ImageryInfo(
+            source=name, crs=_leading_crs(files), band_count=len(_bands_of(files[0], None, alpha)),
+            band_names=files[0].band_names, dtype=first.dtype, gsd_m=min(file.gsd_m for file in files),
+            coarsest_gsd_m=coarsest.gsd_m, coarsest=str(coarsest.path), alpha=alpha, alpha_reason=reason,
+            centre_lon_deg=lon_deg, centre_lat_deg=lat_deg, files=files, left_out=left_out,
+        )  # fmt: skip
+
+    @contextmanager
+    def open(self, lattice: Lattice, bands: Sequence[Band] | None = None) -> Iterator[LocalImagery]:
+        """The files on `lattice`; see `open_imagery`."""
+        with RasterPool(OPEN_FILES) as pool:
+            yield LocalImagery(self.info, lattice, bands, pool)
+
+    def record(self) -> list[dict[str, Any]]:
+        """Path, size and time of each file."""
+        return [{"path": str(f.path), "bytes": f.size_bytes, "modified": f.modified} for f in self.info.files]
+
+
+def inspect(paths: LocalPaths) -> ImageryInfo:
+    """Read the headers of local images.
+
+    Args:
+        paths: A file, a folder, a pattern, or a list of these.
+
+    Raises:
+        RasterError: as `ImageFiles`.
+    """
+    return ImageFiles(paths).info
+
+
+def open_imagery(
+    paths: LocalPaths | ImageFiles, lattice: Lattice, bands: Sequence[Band] | None = None
+) -> AbstractContextManager[LocalImagery]:
+    """Open local images for reading on `lattice`.
+
+    Args:
+        paths: A GeoTIFF, JPEG or PNG with its CRS, or VRT; a folder of images; a pattern; a list of these; or what
+            `ImageFiles` made of them, which saves reading the headers again.
+        lattice: The pixels to deliver.
+        bands: 1-based indices or descriptions in the order wanted, default all that do not serve as a mask. A band tagged
+            alpha that is named here is data and masks nothing.
+
+    Raises:
+        RasterError: as `ImageFiles`, or a file is without one of the bands.
+        GridError: an image cannot be carried into the lattice's CRS.
+    """
+    return (paths if isinstance(paths, ImageFiles) else ImageFiles(paths)).open(lattice, bands)
 
 
 def ground_gsd_m(grid: Grid) -> float:
     """The coarser side of the pixel at the grid's centre, in metres on the ground."""
+    return float(_on_the_ground(grid.crs, [grid])[2][0])
+
+
+# --- finding the files ---------------------------------------------------------------------------------------------------
+
+
+def _find(paths: LocalPaths) -> tuple[list[Path], str, tuple[str, ...]]:
+    """The files in order of their paths, each once; what to call them; the endings that were left out."""
+    texts = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not texts:
+        raise RasterError("the list of imagery is empty; name at least one file")
+    found: dict[Path, Path] = {}
+    left_out: set[str] = set()
+    for text in texts:
+        path = Path(text)
+        if path.is_dir():
+            inside = sorted(path.iterdir())
+            images = [p for p in inside if _is_image(p)]
+            left_out |= {_ending(p) for p in inside if p.is_file() and not _is_image(p)}
+            remedy = f"name its files, or its sub-folders with {path / '**' / '*.tif'}"
+        elif path.exists() or not glob.has_magic(os.fspath(text)):
+            images, remedy = [path], ""  # a file that is not there is reported where it is opened
+        else:
+            inside = [Path(p) for p in sorted(glob.glob(os.fspath(text), recursive=True))]  # noqa: PTH207  Path.glob takes no absolute pattern
+            # What a pattern spells out is wanted, whatever it ends in.
+            images = [p for p in inside if _is_image(p) or (p.is_file() and path.suffix and p.suffix == path.suffix)]
+            left_out |= {_ending(p) for p in inside if p.is_file() and p not in set(images)}
+            remedy = "check the pattern"
+        if not images:
+            others = f", only {', '.join(sorted(left_out))}" if left_out else ""
+            raise RasterError(f"{text} holds no image ({', '.join(RASTER_SUFFIXES)}){others}; {remedy}")
+        found |= {p.resolve(): p for p in images if p.resolve() not in found}
+    name = os.fspath(texts[0]) if len(texts) == 1 else f"{os.fspath(texts[0])} and {len(texts) - 1} more"
+    return sorted(found.values()), name, tuple(sorted(left_out))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in RASTER_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _ending(path: Path) -> str:
+    return "".join(path.suffixes[-2:]) if path.name.endswith(".aux.xml") else path.suffix or path.name
+
+
+# --- headers -------------------------------------------------------------------------------------------------------------
+
+
+def _header(path: Path) -> ImageFile:
+    with open_raster(path) as raster:
+        raster.check_complete()
+        if raster.has_palette:
+            raise RasterError(
+                f"{path} holds indices into a colour table, not colours; expand it first, for example: "
+                f"gdal_translate -expand rgb {path.name} rgb.tif"
+            )
+        grid, pixel_grid, origin_px = _on_pixel_grid(raster.grid)
+        status = path.stat()
+        return ImageFile(
+            path=path, grid=grid, pixel_grid=pixel_grid, origin_px=origin_px,
+            band_count=raster.count, band_names=raster.band_names, alpha_band=raster.alpha_band, dtype=raster.dtype,
+            day=_day_taken(raster), size_bytes=status.st_size,
+            modified=datetime.fromtimestamp(status.st_mtime, UTC).isoformat(timespec="seconds"),
+        )  # fmt: skip
+
+
+def _on_pixel_grid(grid: Grid) -> tuple[Grid, PixelGrid, tuple[int, int]]:
+    """The grid with the pixel size that was meant, the endless grid it is part of, and where on it: (row, col).
+
+    Why rounded instead of compared within a tolerance: being close is not transitive, and whether two files are one image
+    would depend on a third.
+    """
+    a, b, c, d, e, f = tuple(grid.transform)[:6]
     rows, cols = grid.shape
-    lon, lat = Transformer.from_crs(grid.crs, "EPSG:4326", always_xy=True).transform(*grid.xy(cols / 2, rows / 2))
-    # A local azimuthal plane measures true metres whatever the unit or distortion of the grid's own CRS.
-    local = CRS.from_proj4(f"+proj=aeqd +lat_0={lat} +lon_0={lon} +datum=WGS84 +units=m")
-    to_local = Transformer.from_crs(grid.crs, local, always_xy=True)
+    if b == 0 and d == 0:
+        a, e = _meant(a, cols), _meant(e, rows)
+    transform = Affine(a, b, c, d, e, f)
+    # The CRS's own origin in pixels of the file: its fraction is the phase, which files of one grid share.
+    zero_col, zero_row = Grid(crs=grid.crs, transform=transform, shape=grid.shape).pixel(0.0, 0.0)
+    col0, col_phase = divmod(round(zero_col * _PHASE_STEPS), _PHASE_STEPS)
+    row0, row_phase = divmod(round(zero_row * _PHASE_STEPS), _PHASE_STEPS)
+    endless = PixelGrid(grid.crs.srs, a, b, d, e, col_phase, row_phase)
+    transform = endless.transform @ Affine.translation(-col0, -row0)
+    return Grid(crs=grid.crs, transform=transform, shape=grid.shape), endless, (-row0, -col0)
+
+
+def _meant(side: float, pixels: int) -> float:
+    """A pixel side without the noise of bounds divided by a count: 0.2 for 0.19999999999963."""
+    short = float(f"{side:.6g}")
+    return short if abs(short - side) * pixels <= SNAP_TOLERANCE_PX * abs(side) else side
+
+
+def _day_taken(raster: Raster) -> int:
+    """Days since 1970-01-01, or `NO_DATE`.
+
+    Why not TIFFTAG_DATETIME: it says when the file was written, often months after the flight.
+    """
+    tags = raster.tags
+    stated = raster.tags_in("IMAGERY").get("ACQUISITIONDATETIME") or tags.get("ACQUISITION_DATE")
+    if stated:
+        try:
+            return (datetime.fromisoformat(stated.strip()).date() - date(1970, 1, 1)).days
+        except ValueError as error:
+            raise RasterError(
+                f"{raster.path} states the acquisition date {stated!r}; write it as 2020-06-18, for example: "
+                f"rio edit-info --tag ACQUISITION_DATE=2020-06-18 {raster.path.name}"
+            ) from error
+    try:  # a camera writes blanks or zeros when its clock was never set
+        taken = datetime.strptime(tags.get("EXIF_DateTimeOriginal", "")[:10], "%Y:%m:%d")  # noqa: DTZ007  a day, no moment
+    except ValueError:
+        return int(NO_DATE)
+    return (taken.date() - date(1970, 1, 1)).days
+
+
+def _located(files: Sequence[ImageFile]) -> list[ImageFile]:
+    """The files with centre and GSD; one transformer for all of a CRS, as making one takes longer than opening a file."""
+    by_crs: dict[str, list[ImageFile]] = defaultdict(list)
+    for file in files:
+        by_crs[file.pixel_grid.crs].append(file)
+    located = []
+    for some in by_crs.values():
+        crs = some[0].grid.crs
+        try:
+            lons, lats, gsds = _on_the_ground(crs, [file.grid for file in some])
+        except ProjError as error:
+            raise RasterError(
+                f"{some[0].path} has the CRS {crs.name!r}, which has no known place on Earth; assign the right one first, "
+                f"for example: rio edit-info --crs EPSG:32610 {some[0].path.name}"
+            ) from error
+        metric = is_metric(crs)
+        for file, lon, lat, gsd_m in zip(some, lons.tolist(), lats.tolist(), gsds.tolist(), strict=True):
+            if not (abs(lon) <= 360 and abs(lat) <= 90):  # infinite where the CRS ends; metres in a CRS of degrees
+                rows, cols = file.grid.shape
+                raise RasterError(
+                    f"{file.path}: the centre {file.grid.xy(cols / 2, rows / 2)} lies outside the domain of {crs.name!r}; "
+                    f"assign the right CRS"
+                )
+            own_m = max(file.grid.gsd) if metric else gsd_m
+            located.append(replace(file, gsd_m=own_m, centre_lon_deg=lon, centre_lat_deg=lat))
+    return located
+
+
+def _on_the_ground(crs: CRS, grids: Sequence[Grid]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Longitude and latitude of the centres in degrees, and the coarser side of the pixel there in metres."""
+    to_degrees = Transformer.from_crs(crs, "EPSG:4326", always_xy=True)
     # The centre, its neighbour one pixel along the row and its neighbour one pixel down the column.
-    x, y = to_local.transform(*grid.xy(cols / 2 + np.array([0, 1, 0]), rows / 2 + np.array([0, 0, 1])))
-    return max(math.hypot(x[1] - x[0], y[1] - y[0]), math.hypot(x[2] - x[0], y[2] - y[0]))
+    steps = [(0, 0), (1, 0), (0, 1)]
+    points = [g.xy(g.shape[1] / 2 + col, g.shape[0] / 2 + row) for g in grids for col, row in steps]
+    lons, lats = (v.reshape(-1, 3) for v in to_degrees.transform(*np.array(points).T))
+    sides = [
+        Geod(ellps="WGS84").inv(lons[:, 0], lats[:, 0], lons[:, i], lats[:, i])[2]
+        if (np.abs(lats) <= 90).all()
+        else np.full(len(grids), math.nan)
+        for i in (1, 2)
+    ]
+    return lons[:, 0], lats[:, 0], np.maximum(*sides)
+
+
+def _centre(files: Sequence[ImageFile]) -> tuple[float, float]:
+    """Longitude and latitude of the middle of all files, also across the antimeridian."""
+    if len(files) == 1:
+        return files[0].centre_lon_deg, files[0].centre_lat_deg
+    lon, lat = (np.radians([getattr(f, f"centre_{name}_deg") for f in files]) for name in ("lon", "lat"))
+    x, y, z = (np.cos(lat) * np.cos(lon)).mean(), (np.cos(lat) * np.sin(lon)).mean(), np.sin(lat).mean()
+    return math.degrees(math.atan2(y, x)), math.degrees(math.atan2(z, math.hypot(x, y)))
+
+
+def _leading_crs(files: Sequence[ImageFile]) -> CRS:
+    covered_m2: dict[str, float] = defaultdict(float)
+    crss = {file.pixel_grid.crs: file.grid.crs for file in files}
+    for file in files:
+        covered_m2[file.pixel_grid.crs] += math.prod(file.grid.shape) * file.gsd_m**2
+    return crss[max(covered_m2, key=lambda name: (is_metric(crss[name]), covered_m2[name], name))]
+
+
+# --- bands ---------------------------------------------------------------------------------------------------------------
+
+
+def _judge_alpha(files: Sequence[ImageFile]) -> tuple[Literal["none", "mask", "data"], str]:
+    """Whether bands tagged alpha are masks, by what they hold: some writers tag the fourth band so, whatever it is."""
+    tagged = sorted((file for file in files if file.alpha_band is not None), key=lambda file: file.path)
+    if not tagged:
+        return "none", "no band is tagged alpha"
+    step = max(1, len(tagged) // ALPHA_SAMPLE_FILES)
+    sampled = tagged[::step][:ALPHA_SAMPLE_FILES]
+    found: dict[str, tuple[ImageFile, str]] = {}
+    for file in sampled:
+        with open_raster(file.path) as raster:
+            values = raster.alpha_sample()
+        low, high = values.min(), values.max()
+        if low == high:
+            continue  # a file without a hole, or without an image: it says nothing
+        percent, tones = 100 * float(((values > low) & (values < high)).mean()), len(np.unique(values))
+        kind = "data" if percent >= MASK_TONES_PERCENT and tones > MASK_TONES else "mask"
+        found.setdefault(
+            kind,
+            (file, f"{percent:.1f} % of its sampled pixels lie between {low} and {high}, in {tones} different values"),
+        )
+    if len(found) > 1:
+        (data, why), (mask, why_not) = found["data"], found["mask"]
+        raise RasterError(
+            f"the band tagged alpha is data in {data.path} ({why}) and a mask in {mask.path} ({why_not}); name the files "
+            f"apart, or untag the data: rio edit-info --colorinterp red,green,blue,undefined {data.path.name}"
+        )
+    for kind, (file, why) in found.items():
+        role = "data, and masks nothing" if kind == "data" else "the mask of the others"
+        return ("data" if kind == "data" else "mask"), f"band {file.alpha_band} of {file.path} is {role}: {why}"
+    return "mask", f"band {tagged[0].alpha_band} of {tagged[0].path} is the mask of the others: its sample is all one value"
+
+
+def _bands_of(file: ImageFile, bands: Sequence[Band] | None, alpha: str) -> tuple[int, ...]:
+    """1-based indices, in one file, of the bands asked for."""
+    if bands is None:
+        return tuple(i for i in range(1, file.band_count + 1) if alpha == "data" or i != file.alpha_band)
+    names = {name.casefold(): i for i, name in reversed([*enumerate(file.band_names, start=1)]) if name}
+    indices = []
+    for band in bands:
+        index = names.get(band.strip().casefold()) if isinstance(band, str) else band
+        if index is None:
+            known = f"only {', '.join(name for name in file.band_names if name)}" if names else "its bands have no names"
+            raise RasterError(f"{file.path} has no band {band!r}, {known}; choose others with --bands")
+        if not 1 <= index <= file.band_count:
+            raise RasterError(f"{file.path} has bands 1-{file.band_count}, not {band}; choose others with --bands")
+        indices.append(index)
+    return tuple(indices)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Placed:
+    """A file on the pixel grid of its mosaic."""
+
+    file: ImageFile
+    rank: int
+    """Place in the order of preference among all files."""
+    bands: tuple[int, ...]
+    box: Box
+    """Its pixels, on the grid of the mosaic."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Owned:
+    """Pixels, and which file each came from."""
+
+    pixels: Pixels
+    owner: NDArray[np.int32]
+    """(row, col) rank of the file, -1 where invalid."""
+
+
+class _NativeMosaic:
+    """Files of one pixel grid, put together pixel by pixel without resampling."""
+
+    def __init__(self, placed: Sequence[_Placed], pool: RasterPool, *, alpha_is_mask: bool) -> None:
+        self.placed = sorted(placed, key=lambda p: p.rank)
+        self._pool = pool
+        self._alpha_is_mask = alpha_is_mask
+        self._tree = _tree([p.box for p in self.placed])
+
+    def read(self, box: Box) -> _Owned:
+        """The pixels of `box` on the mosaic's own grid."""
+        some = self.placed[0]
+        dtype = np.dtype(some.file.dtype)
+        data = np.full((len(some.bands), *box.shape), math.nan if dtype.kind == "f" else 0, dtype)
+        owner = np.full(box.shape, -1, np.int32)
+        for index in _hits(self._tree, box):
+            placed = self.placed[index]
+            part = placed.box.intersect(box)
+            if part is None:
+                continue
+            here = part.slices_in(box)
+            left = owner[here] < 0
+            if not left.any():
+                continue
+            pixels = self._pool.get(placed.file.path).read(
+                part.row0 - placed.box.row0, part.col0 - placed.box.col0, part.shape, placed.bands,
+                alpha_is_mask=self._alpha_is_mask,
+            )  # fmt: skip
+            take = left & pixels.valid
+            np.copyto(data[(slice(None), *here)], pixels.data, where=take)
+            owner[here][take] = placed.rank
+        return _Owned(pixels=Pixels(data=data, valid=owner >= 0), owner=owner)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    """A mosaic and how its pixels become lattice pixels."""
+
+    mosaic: _NativeMosaic
+    grid: PixelGrid | None
+    """None: they are lattice pixels."""
+    crs: CRS
+    to_image: Transformer = field(repr=False)
 
 
 class LocalImagery:
-    """An open image, read in boxes of lattice pixels; made by `open_imagery`. Not for use by two threads at once."""
+    """Open image files, read in boxes of lattice pixels; made by `open_imagery`. Not for use by two threads at once."""
 
     resampled: Literal["none", "bilinear"]
-    """How the file's pixels became lattice pixels."""
+    """How the files' pixels became lattice pixels; "bilinear" when those of any file were resampled."""
     box: Box
-    """The lattice pixels that the image touches."""
+    """The lattice pixels that the files touch."""
 
-    def __init__(self, raster: Raster, lattice: Lattice, bands: Sequence[int] | None) -> None:
+    def __init__(self, info: ImageryInfo, lattice: Lattice, bands: Sequence[Band] | None, pool: RasterPool) -> None:
         self.lattice = lattice
-        self.bands = tuple(bands) if bands is not None else raster.data_bands
-        if bad := [b for b in self.bands if not 1 <= b <= raster.count]:
-            raise RasterError(f"{raster.path} has bands 1-{raster.count}, not {bad}; choose others with --bands")
-        self.dtype = raster.dtype
-        self.sources = (str(raster.path),)
-        self._raster = raster
-        self._grid = raster.grid
-        native = lattice.box_of(self._grid)
-        self.resampled = "none" if native is not None else "bilinear"
-        self._to_image = Transformer.from_crs(lattice.crs, self._grid.crs, always_xy=True)
-        self.box = native if native is not None else self._covering_box()
-        self._tiles: OrderedDict[tuple[int, int], Pixels] = OrderedDict()
+        self.dtype = info.dtype
+        self.sources = tuple(str(file.path) for file in info.files)
+        indices = [_bands_of(file, bands, info.alpha) for file in info.files]
+        if unlike := next((i for i, own in enumerate(indices) if len(own) != len(indices[0])), None):
+            raise RasterError(
+                f"{info.files[unlike].path} has {len(indices[unlike])} bands but {info.files[0].path} has "
+                f"{len(indices[0])}; choose those to read with --bands"
+            )
+        self.bands: tuple[Band, ...] = tuple(bands) if bands is not None else indices[0]
+        native = [lattice.box_of(file.grid) for file in info.files]
+        self.resampled = "none" if None not in native else "bilinear"
+        boxes = _boxes_on(lattice, info.files, native)
+        self.box = Box(
+            min(b.row0 for b in boxes), min(b.col0 for b in boxes), max(b.row1 for b in boxes), max(b.col1 for b in boxes)
+        )
+        members: dict[PixelGrid | None, list[_Placed]] = defaultdict(list)
+        for rank, (file, own, on_lattice) in enumerate(zip(info.files, indices, native, strict=True)):
+            rows, cols = file.grid.shape
+            row, col = file.origin_px
+            place = on_lattice if on_lattice is not None else Box(row, col, row + rows, col + cols)
+            members[None if on_lattice is not None else file.pixel_grid].append(
+                _Placed(file=file, rank=rank, bands=own, box=place)
+            )
+        transformers: dict[str, Transformer] = {}
+        self._layers: list[_Layer] = []
+        self._layer_of = np.empty(len(info.files), np.intp)
+        for key, placed in members.items():
+            crs = placed[0].file.grid.crs
+            name = placed[0].file.pixel_grid.crs
+            if name not in transformers:
+                transformers[name] = Transformer.from_crs(lattice.crs, crs, always_xy=True)
+            self._layer_of[[p.rank for p in placed]] = len(self._layers)
+            mosaic = _NativeMosaic(placed, pool, alpha_is_mask=info.alpha == "mask")
+            self._layers.append(_Layer(mosaic=mosaic, grid=key, crs=crs, to_image=transformers[name]))
+        self._tree = _tree(boxes)
+        self._day_of = np.array([file.day for file in info.files], np.int32)
+        self._tiles: OrderedDict[tuple[int, int], _Owned | None] = OrderedDict()
+        self._last: tuple[Box, NDArray[np.int32]] | None = None
 
     def read(self, box: Box) -> Pixels:
-        """The pixels of `box` as (band, row, col); outside the image they are 0 (NaN for floats) and invalid."""
+        """The pixels of `box` as (band, row, col); where there is no image they are 0 (NaN for floats) and invalid."""
+        owned = self._read(box)
+        self._last = (box, owned.owner)
+        return owned.pixels
+
+    def days(self, box: Box) -> NDArray[np.int32]:
+        """(row, col) days since 1970-01-01 on which the file of each pixel was taken; `NO_DATE` if unknown or invalid."""
+        if (self._day_of == NO_DATE).all():
+            return np.full(box.shape, NO_DATE, np.int32)
+        # Who owns a pixel depends on what is masked, so it takes a reading; usually `read` has just done it.
+        owner = self._last[1] if self._last is not None and self._last[0] == box else self._read(box).owner
+        return np.where(owner >= 0, self._day_of[owner], NO_DATE)
+
+    def _read(self, box: Box) -> _Owned:
         if self.resampled == "none":
-            return self._raster.read(box.row0 - self.box.row0, box.col0 - self.box.col0, box.shape, self.bands)
+            return self._layers[0].mosaic.read(box)
         dtype = np.dtype(self.dtype)
         data = np.full((len(self.bands), *box.shape), math.nan if dtype.kind == "f" else 0, dtype)
-        valid = np.zeros(box.shape, bool)
+        owner = np.full(box.shape, -1, np.int32)
         tile_rows = range(box.row0 // WARP_TILE_PX, (box.row1 - 1) // WARP_TILE_PX + 1)
         tile_cols = range(box.col0 // WARP_TILE_PX, (box.col1 - 1) // WARP_TILE_PX + 1)
         for tile_row in tile_rows:
@@ -171,45 +667,113 @@ class LocalImagery:
                     (tile_row + 1) * WARP_TILE_PX, (tile_col + 1) * WARP_TILE_PX,
                 )  # fmt: skip
                 part = tile.intersect(box)
-                if part is None or tile.intersect(self.box) is None:
+                owned = self._tile(tile_row, tile_col, tile)
+                if part is None or owned is None:
                     continue
-                pixels = self._tile(tile_row, tile_col, tile)
                 here, there = part.slices_in(box), part.slices_in(tile)
-                data[(slice(None), *here)] = pixels.data[(slice(None), *there)]
-                valid[here] = pixels.valid[there]
+                data[(slice(None), *here)] = owned.pixels.data[(slice(None), *there)]
+                owner[here] = owned.owner[there]
         # What one box needs is kept for the next one below or beside it; boxes are read along rows.
         while len(self._tiles) > 2 * len(tile_cols) * len(tile_rows):
             self._tiles.popitem(last=False)
-        return Pixels(data=data, valid=valid)
+        return _Owned(pixels=Pixels(data=data, valid=owner >= 0), owner=owner)
 
-    def days(self, box: Box) -> NDArray[np.int32]:
-        """(row, col) days since 1970-01-01, or `NO_DATE`."""
-        return np.full(box.shape, NO_DATE, np.int32)
-
-    def _tile(self, row: int, col: int, box: Box) -> Pixels:
+    def _tile(self, row: int, col: int, box: Box) -> _Owned | None:
+        """A warp tile, None where no file reaches into it."""
         if (row, col) in self._tiles:
             self._tiles.move_to_end((row, col))
             return self._tiles[row, col]
+        hits = _hits(self._tree, box)
+        layers = [self._layers[i] for i in np.unique(self._layer_of[hits])]
+        # Whose a pixel is matters only where another layer may have a better one, or another file another day.
+        exact = len(layers) > 1 or len(np.unique(self._day_of[hits])) > 1
+        tile: _Owned | None = None
+        for layer in layers:
+            owned = layer.mosaic.read(box) if layer.grid is None else self._warped(layer, layer.grid, box, exact=exact)
+            tile = owned if tile is None else _preferred(tile, owned)
+        self._tiles[row, col] = tile
+        return tile
+
+    def _warped(self, layer: _Layer, pixel_grid: PixelGrid, box: Box, *, exact: bool) -> _Owned:
+        """A layer's part in a warp tile; unless `exact`, any of its files stands for all as the owner."""
         target = self.lattice.grid(box)
-        cols, rows = self._grid.pixel(*self._to_image.transform(*_edges(target, _EDGE_STEPS)))
+        endless = Grid(crs=layer.crs, transform=pixel_grid.transform, shape=(1, 1))
+        cols, rows = endless.pixel(*layer.to_image.transform(*_edges(target, _EDGE_STEPS)))
+        if not (np.isfinite(cols).all() and np.isfinite(rows).all()):
+            raise GridError(
+                f"{layer.mosaic.placed[0].file.path} lies at the end of the domain of {layer.crs.name!r}; map it in another "
+                f"CRS with --crs"
+            )
         # The kernel reaches one source pixel, or as many as one target pixel spans; the tile's own span says how many.
         span = max(np.ptp(cols), np.ptp(rows)) / WARP_TILE_PX
         margin = 2 * math.ceil(max(span, 1.0)) + 2
-        first = (math.floor(rows.min()) - margin, math.floor(cols.min()) - margin)
-        last = (math.ceil(rows.max()) + margin, math.ceil(cols.max()) + margin)
-        shape = (last[0] - first[0], last[1] - first[1])
-        pixels = warp(self._raster.read(*first, shape, self.bands), self._grid.crop(*first, shape), target)
-        self._tiles[row, col] = pixels
-        return pixels
+        source_box = Box(
+            math.floor(rows.min()) - margin, math.floor(cols.min()) - margin,
+            math.ceil(rows.max()) + margin, math.ceil(cols.max()) + margin,
+        )  # fmt: skip
+        source = endless.crop(source_box.row0, source_box.col0, source_box.shape)
+        native = layer.mosaic.read(source_box)
+        pixels = warp(native.pixels, source, target)
+        ranks = np.unique(native.owner[native.pixels.valid])
+        if len(ranks) == 0 or not pixels.valid.any():
+            owner = np.full(box.shape, -1, np.int32)
+        elif len(ranks) == 1 or not exact:
+            owner = np.where(pixels.valid, ranks[0], -1).astype(np.int32)
+        else:
+            owner = np.where(pixels.valid, _nearest_owner(native, source, target), -1).astype(np.int32)
+        return _Owned(pixels=_zeroed(pixels), owner=owner)
 
-    def _covering_box(self) -> Box:
-        back = Transformer.from_crs(self._grid.crs, self.lattice.crs, always_xy=True)
-        xs, ys = back.transform(*_edges(self._grid, 4 * _EDGE_STEPS))
-        if not (np.isfinite(xs).all() and np.isfinite(ys).all()):
-            raise GridError(
-                f"{self._raster.path} reaches outside the domain of {self.lattice.crs.name!r}; choose another CRS with --crs"
-            )
-        return self.lattice.covering((xs.min(), ys.min(), xs.max(), ys.max()))
+
+def _nearest_owner(native: _Owned, source: Grid, target: Grid) -> NDArray[np.int32]:
+    """The file of the source pixel nearest to each target pixel; beside holes, of the nearest that is valid."""
+    owner = native.owner
+    if not native.pixels.valid.all():
+        from scipy.ndimage import distance_transform_edt
+
+        nearest = distance_transform_edt(~native.pixels.valid, return_distances=False, return_indices=True)
+        owner = owner[tuple(nearest)]
+    # Ranks are whole numbers far below 2^24, so float32 holds them as they are.
+    known = Pixels(data=owner[None].astype(np.float32), valid=np.ones(owner.shape, bool))
+    ranks = warp(known, source, target, resampling=Resampling.nearest)
+    assert ranks.valid.all(), "the source window does not cover its warp tile"
+    owners: NDArray[np.int32] = ranks.data[0].astype(np.int32)
+    return owners
+
+
+def _preferred(one: _Owned, other: _Owned) -> _Owned:
+    """Each pixel from the file that ranks first."""
+    take = other.pixels.valid & (~one.pixels.valid | (other.owner < one.owner))
+    owner = np.where(take, other.owner, one.owner)
+    return _Owned(pixels=Pixels(data=np.where(take, other.pixels.data, one.pixels.data), valid=owner >= 0), owner=owner)
+
+
+def _zeroed(pixels: Pixels) -> Pixels:
+    """What is invalid is 0, or NaN in floats."""
+    fill = math.nan if pixels.data.dtype.kind == "f" else 0
+    return Pixels(data=np.where(pixels.valid, pixels.data, pixels.data.dtype.type(fill)), valid=pixels.valid)
+
+
+# --- where files are -----------------------------------------------------------------------------------------------------
+
+
+def _boxes_on(lattice: Lattice, files: Sequence[ImageFile], native: Sequence[Box | None]) -> list[Box]:
+    """The lattice pixels that each file touches."""
+    found: list[Box | None] = list(native)
+    by_crs: dict[str, list[int]] = defaultdict(list)
+    for index, file in enumerate(files):
+        if native[index] is None:
+            by_crs[file.pixel_grid.crs].append(index)
+    for some in by_crs.values():
+        to_lattice = Transformer.from_crs(files[some[0]].grid.crs, lattice.crs, always_xy=True)
+        points = np.array([_edges(files[i].grid, 4 * _EDGE_STEPS) for i in some])  # (file, x or y, point)
+        xs, ys = to_lattice.transform(points[:, 0], points[:, 1])
+        for index, x, y in zip(some, xs, ys, strict=True):
+            if not (np.isfinite(x).all() and np.isfinite(y).all()):
+                raise GridError(
+                    f"{files[index].path} reaches outside the domain of {lattice.crs.name!r}; choose another CRS with --crs"
+                )
+            found[index] = lattice.covering((x.min(), y.min(), x.max(), y.max()))
+    return [box for box in found if box is not None]
 
 
 def _edges(grid: Grid, steps: int) -> tuple[Any, Any]:
@@ -220,18 +784,17 @@ def _edges(grid: Grid, steps: int) -> tuple[Any, Any]:
     return grid.xy(np.concatenate([t, t, low, high]) * cols, np.concatenate([low, high, t, t]) * rows)
 
 
-@contextmanager
-def open_imagery(path: Path, lattice: Lattice, bands: Sequence[int] | None = None) -> Iterator[LocalImagery]:
-    """Open a local image for reading on `lattice`.
+def _tree(boxes: Sequence[Box]) -> Any:
+    """A search tree over boxes of pixels."""
+    import shapely
 
-    Args:
-        path: GeoTIFF, JPEG or PNG with its CRS, or VRT.
-        lattice: The pixels to deliver.
-        bands: 1-based band indices in the order wanted, default all that are not alpha.
+    sides = np.array([(b.col0, b.row0, b.col1, b.row1) for b in boxes], np.float64)
+    return shapely.STRtree(shapely.box(*sides.T))
 
-    Raises:
-        RasterError: unreadable, without CRS, or without one of the bands.
-        GridError: the image cannot be carried into the lattice's CRS.
-    """
-    with open_raster(path) as raster:
-        yield LocalImagery(raster, lattice, bands)
+
+def _hits(tree: Any, box: Box) -> NDArray[np.intp]:
+    """Indices, in order, of the boxes that touch `box`."""
+    import shapely
+
+    found: NDArray[np.intp] = np.sort(tree.query(shapely.box(box.col0, box.row0, box.col1, box.row1)))
+    return found
