@@ -1,35 +1,66 @@
-"""From a point cloud to a canopy height model: LAS/LAZ files -> height above ground -> the highest return per pixel.
+"""From a point cloud to a canopy height model: points -> heights above ground -> the canopy per pixel.
 
-Two passes over the points. The first finds the ground on a lattice of cells anchored to the origin of the CRS; the second
-takes every point's height above that ground and keeps the highest per pixel. Points arrive in chunks and only two grids
-are held, the ground and the result, so memory follows the grid and not the file. Points are kept between the passes up
-to a fixed number, which saves small clouds the second decoding; the result is the same either way.
+Two passes over the points. The first finds the ground and the cubes of space in which points are alone; the second takes
+every point's height above that ground and raises its pixel, or, for `pitfree`, keeps the highest first return per cell,
+between which triangles are stretched. Points arrive in chunks and only grids are held, so memory follows the grid and not
+the cloud. Points are kept between the passes up to a fixed number, which saves small clouds the second decoding; the
+result is the same either way. It does not depend, to the last bit, on the order of files and points, on how a cloud is cut
+into files, or on points that several files have in common (but for their density).
 
-Units. x and y are in the unit of the file's CRS and are reprojected to the grid's. z is in the unit of the vertical axis
-where the file names one (the vertical part of a compound CRS, a third axis, or the GeoTIFF keys 4096 and 4099); a
-projected CRS that names none has z in the unit of x and y, which is how clouds in feet are delivered (EPSG:2994 is
-international feet in all three). Nothing else is assumed: a file without CRS, or with longitude and latitude and no
-vertical unit, is refused. A shift between vertical datums moves ground and canopy alike and so does not matter here.
+Units. x and y are in the unit of the cloud's CRS and are reprojected to the grid's; they are rounded to 2^-14 of it (0.06
+mm), so that files of one survey agree whatever scale and offset each stores them with. z is in the unit that
+`canopy.tiler.points.z_unit_m_of` finds. A shift between vertical datums moves ground and canopy alike and so does not
+matter here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from affine import Affine
-from numba import njit
 from numpy.typing import NDArray
 from pyproj import CRS, Transformer
-from pyproj.exceptions import CRSError, ProjError
+from pyproj.exceptions import ProjError
 from scipy import ndimage
 
 from canopy.errors import LidarError
 from canopy.grid import Grid
+from canopy.tiler.ground import (
+    MARGIN_M,
+    MAX_BELOW_GROUND_M,
+    GroundCells,
+    Surface,
+    centred,
+    low_noise,
+    membrane,
+    morphological_ground,
+    plane,
+)
+from canopy.tiler.points import PointSource, crs_of, horizontal, point_sources, unbound, z_unit_m_of
+from canopy.tiler.tin import (
+    TILE_M,
+    Bounds,
+    Floats,
+    TiledTin,
+    compiled,
+    delaunay,
+    inside,
+    longest_edge,
+    one_per_place,
+    raise_to_triangles,
+    snapped,
+    tiles_over,
+    union,
+    widened,
+)
+from canopy.tiler.voxels import Voxels
 
 if TYPE_CHECKING:
     import xarray
@@ -38,21 +69,26 @@ GROUND_CLASSES = (2, 9)
 """ASPRS classes ground and water: the surface that heights are counted from."""
 NOISE_CLASSES = (7, 18)
 """ASPRS classes low and high noise."""
+BUILDING_CLASSES = (6,)
+"""ASPRS class building."""
 NON_VEGETATION_CLASSES = (6, 17, 64, 65, 66)
 """Buildings (6), bridges (17) and what producers put into 64-66 (structures, artefacts, virtual points)."""
 
 MIN_GROUND_SHARE = 0.005
 """With `ground="auto"`, classes are believed when at least this share of the points is ground; dense tropical canopy lets
 1-5 % through, whereas a handful of stray class codes in an unclassified cloud is far below."""
-MAX_BELOW_GROUND_M = 2.0
-"""A point deeper than this is low noise (or its ground is wrong): dropped and counted, not set to 0."""
-MARGIN_M = 60.0
-"""The ground is built this far beyond the grid, so that the filter's largest window sees both sides of its edge."""
+MAX_TOO_HIGH_SHARE = 0.01
+"""Were more of the returns above `max_height_m`, the unit of z would be wrong, or the ground: refused."""
 MAX_PLACEMENT_ERROR_M = 1e-3
 """Largest error of interpolated instead of computed map coordinates; LiDAR itself is good to some 0.1 m."""
+PITFREE_BUFFER_M = 16.0
+"""How far around its tile the vertices of a pit-free triangulation reach, several times its longest edge."""
 
-Floats = NDArray[np.float64]
-_F = TypeVar("_F", bound=Callable[..., Any])
+GPS_EPOCH = datetime(1980, 1, 6)  # noqa: DTZ001 - UTC throughout
+GPS_LEAP_S = 18
+"""By which GPS time is ahead of UTC since 2017, and 1-5 s less in the years of airborne LiDAR before: enough for a day."""
+
+_IS_GROUND, _IS_BUILDING, _IS_WANTED, _IS_EXCLUDED = 1, 2, 4, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +98,31 @@ class LidarOptions:
     crs: CRS | None = None
     """CRS of the points, in place of what the headers say; needed where they say nothing."""
     z_unit_m: float | None = None
-    """Metres per unit of z, in place of the rule in the module's docstring."""
+    """Metres per unit of z, in place of the rule in `canopy.tiler.points.z_unit_m_of`."""
     normalised: bool = False
     """z is a height above ground already."""
     drop_classes: tuple[int, ...] = NOISE_CLASSES
     """ASPRS classes left out; add `NON_VEGETATION_CLASSES` for canopy without buildings (their pixels become void)."""
+    drop_overlap: bool = False
+    """Leave out what the producer flags as overlap between flight lines."""
+    returns: Literal["auto", "all", "first", "last"] = "auto"
+    """Which returns of a pulse make the canopy; "auto" is all for p2r and first for pitfree. The ground uses all."""
+    spacing_m: float = 0.0
+    """Mean distance between points that is close enough, metres; COPC and EPT then leave out their finer levels. 0: all."""
+    isolated_points: int = 6
+    """Returns are left out (birds, haze, spikes, whatever their class) where the 27 cubes of `isolated_cube_m` around them
+    hold no more than this many. 0: none are."""
+    isolated_cube_m: float = 5.0
+    """Side of these cubes, metres."""
     ground: Literal["auto", "classes", "filter"] = "auto"
     """Where the ground comes from: classes 2 and 9, the morphological filter, or classes where the cloud has them."""
+    ground_interpolation: Literal["grid", "tin"] = "grid"
+    """Between ground returns: bilinear between means of cells, or linear in the triangles of the returns themselves."""
     ground_cell_m: float = 1.0
     """Cell of the ground lattice, metres."""
+    ground_tin_cell_m: float = 0.25
+    """The triangulation takes at most one ground return per cell of this side, the one nearest to its centre, metres.
+    0: all, and of those in one place the lowest."""
     ground_gap_m: float = 50.0
     """Ground is interpolated up to this distance from a ground return; beyond it is unknown, metres."""
     filter_window_m: float = 40.0
@@ -80,52 +132,106 @@ class LidarOptions:
     max_height_m: float = 100.0
     """Points higher above ground than this are spikes, birds or cloud: dropped and counted, metres."""
     subcircle_m: float = 0.0
-    """Radius of the disc that a return stands for; it raises every pixel that the disc touches, metres. 0: its own pixel."""
+    """Radius of the disc that a return stands for, metres; it raises every pixel that the disc touches (p2r), or gives eight
+    more vertices on its rim (pitfree). 0: its own place."""
+    pitfree_thresholds_m: tuple[float, ...] = (0.0, 2.0, 5.0, 10.0, 15.0)
+    """Heights from which up returns are triangulated, one triangulation each, metres; the first is 0."""
+    pitfree_max_edge_m: tuple[float, float] = (5.0, 1.5)
+    """Triangles with a longer edge are left out, metres: of the first triangulation, where it decides how wide a void is
+    closed, and of the others, where it decides how far apart returns of one crown are."""
     fill_holes_px: int = 0
     """Voids of at most this many 4-connected pixels, and not at the grid's edge, are interpolated from around them."""
+    void_radius_m: float = 2.5
+    """A large void is what a circle of this radius covers that holds no return, metres."""
     chunk_points: int = 1_000_000
     """Points decoded at a time."""
     keep_points: int = 16_000_000
-    """Points kept between the passes (20 bytes each); a larger cloud is decoded twice."""
+    """Points kept between the passes (21 bytes each); a larger cloud is decoded twice."""
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("z_unit_m", 0.0),
-            ("ground_cell_m", 0.0),
-            ("ground_gap_m", 0.0),
-            ("filter_window_m", 0.0),
-            ("filter_slope", 0.0),
-            ("max_height_m", 0.0),
-            ("chunk_points", 0.0),
-        ):
+        for name in (
+            "z_unit_m", "ground_cell_m", "ground_gap_m", "filter_window_m", "filter_slope", "max_height_m", "chunk_points",
+            "isolated_cube_m", "void_radius_m",
+        ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > low):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise LidarError(f"{name} = {value} must be a finite number above 0")
-        for name in ("subcircle_m", "fill_holes_px", "keep_points"):
+        for name in ("subcircle_m", "fill_holes_px", "keep_points", "spacing_m", "isolated_points", "ground_tin_cell_m"):
             if not (math.isfinite(value := getattr(self, name)) and value >= 0):
                 raise LidarError(f"{name} = {value} must be 0 or more")
         if clash := set(self.drop_classes) & set(GROUND_CLASSES):
             raise LidarError(f"drop_classes has the ground class {min(clash)}; leave 2 and 9 in, their heights are 0 m")
-        if self.ground not in ("auto", "classes", "filter"):
-            raise LidarError(f"ground = {self.ground!r} is not known; use 'auto', 'classes' or 'filter'")
+        for name, known in (
+            ("ground", ("auto", "classes", "filter")),
+            ("ground_interpolation", ("grid", "tin")),
+            ("returns", ("auto", "all", "first", "last")),
+        ):
+            if getattr(self, name) not in known:
+                choices = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+                raise LidarError(f"{name} = {getattr(self, name)!r} is not known; use {choices}")
+        steps = self.pitfree_thresholds_m
+        if not steps or steps[0] != 0 or not all(a < b < math.inf for a, b in pairwise(steps)):
+            raise LidarError(f"pitfree_thresholds_m = {steps} must begin with 0 and rise, for example (0, 2, 5, 10, 15)")
+        edges = self.pitfree_max_edge_m
+        if len(edges) != 2 or not all(0 < edge <= PITFREE_BUFFER_M for edge in edges):
+            raise LidarError(
+                f"pitfree_max_edge_m = {edges} must be two lengths above 0 and at most {PITFREE_BUFFER_M:g}, "
+                f"for example (5, 1.5)"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LidarLayers:
+    """Canopy heights on a grid and what is known about them; all arrays are (row, col)."""
+
+    grid: Grid
+    height_m: NDArray[np.float32]
+    """Height above ground, metres; NaN is unknown."""
+    valid: NDArray[np.bool_]
+    """Where the height is known."""
+    density_per_m2: NDArray[np.float32]
+    """Returns of any class but noise per m² of the pixel, whether they gave a height or not."""
+    void: NDArray[np.bool_]
+    """In a large void: a circle of `void_radius_m` with no return covers the pixel. Returns beyond the grid count."""
+    building_fraction: NDArray[np.float32] | None
+    """Share of the pixel's returns that are buildings (class 6), NaN where it has none; None where the cloud has no classes
+    other than 0 and 1, noise and ground, so that nothing is known about buildings."""
+    class_counts: dict[int, int]
+    """Points read per ASPRS class, near the grid."""
+    days: tuple[date, date] | None
+    """UTC days of the earliest and latest return near the grid; None where a source has no GPS time, or only seconds of an
+    unnamed week."""
+    facts: dict[str, Any]
+    """How the heights were made, and counts: the attributes of `lidar_to_chm`."""
+
+
+Points = Path | str | Sequence[Path | str]
+"""Files, folders, patterns and links as `canopy.tiler.points.point_sources` takes them."""
 
 
 def lidar_to_chm(
-    points: Path | Sequence[Path],
+    points: Points,
     grid: Grid,
     algorithm: str = "p2r",
     *,
     options: LidarOptions = LidarOptions(),
 ) -> xarray.DataArray:
-    """Canopy height model of LAS/LAZ files on `grid`: per pixel the greatest height above ground of any return in it.
+    """Canopy height model of a point cloud on `grid`.
 
-    Ground returns count too, so open ground is about 0 m. Heights below 0 m, by noise of ground and return, are set to 0
-    and counted. Pixels without a return are void, NaN: nothing is interpolated but by `options.fill_holes_px`.
+    `p2r` is per pixel the greatest height above ground of any return in it. Ground returns count too, so open ground is
+    about 0 m. Pixels without a return are void, NaN: nothing is interpolated but by `options.fill_holes_px`.
+
+    `pitfree` is Khosravipour et al. 2014 (PE&RS 80, 863-872): at each pixel's centre the highest of several surfaces, each
+    linear in the Delaunay triangles of the first returns above a threshold. Returns inside a crown then no longer make pits
+    in it. Per pixel only the highest first return is a vertex. Triangles with long edges are left out; pixels under none
+    are void.
+
+    Heights below 0 m, by noise of ground and return, are set to 0 and counted.
 
     Args:
-        points: one LAS/LAZ file or several that together cover the grid; each in its own CRS.
+        points: one or several sources that together cover the grid, in any order; each in its own CRS.
         grid: any projected grid, metres or feet, not web mercator.
-        algorithm: "p2r", the point-to-raster maximum.
+        algorithm: "p2r" or "pitfree".
         options: see `LidarOptions`.
 
     Returns:
@@ -135,77 +241,100 @@ def lidar_to_chm(
         `files_outside` (not read: their header's box misses the grid). The points read are used or dropped, without rest.
 
     Raises:
-        LidarError: a file is missing, truncated, not LAS, without CRS or vertical unit; no point falls on the grid; no
-            ground is found; an option is out of range or the algorithm is not known.
+        LidarError: a source cannot be read, is without CRS or vertical unit; no point falls on the grid; no ground is
+            found; heights are implausible for the unit; an option is out of range or the algorithm is not known.
     """
-    if algorithm != "p2r":
-        raise LidarError(f"algorithm {algorithm!r} is not known; use 'p2r'")
-    scene = _Scene(points, grid, options)
-    if options.normalised:
-        surface, method = _Surface.flat(), "none, heights above ground as delivered"
-    else:
-        surface, method, _ = scene.ground()
+    layers = lidar_layers(points, grid, algorithm, options=options)
+    attrs = {"units": "m", "long_name": "height above ground", **layers.facts}
+    return _data_array(layers.height_m, grid, "height", attrs)
 
-    to_pixel = np.array(tuple(~grid.transform)[:6])
-    radius_m = options.subcircle_m / scene.metres_per_unit
-    radius_px = np.array([radius_m / grid.gsd[0], radius_m / grid.gsd[1]])
-    chm = np.full(grid.shape, np.nan, np.float32)
+
+def lidar_layers(
+    points: Points,
+    grid: Grid,
+    algorithm: str = "p2r",
+    *,
+    options: LidarOptions = LidarOptions(),
+) -> LidarLayers:
+    """Canopy heights of a point cloud on `grid` with the masks and facts that tell where to trust them.
+
+    Args:
+        points: as in `lidar_to_chm`.
+        grid: as in `lidar_to_chm`.
+        algorithm: as in `lidar_to_chm`.
+        options: as in `lidar_to_chm`.
+
+    Raises:
+        LidarError: as in `lidar_to_chm`.
+    """
+    if algorithm not in ("p2r", "pitfree"):
+        raise LidarError(f"algorithm {algorithm!r} is not known; use 'p2r' or 'pitfree'")
+    scene = _Scene(points, grid, options, pitfree=algorithm == "pitfree")
+    surface, method, _ = scene.survey()
+    canvas = _Canvas(scene)
     counts = np.zeros(len(_FATES), np.int64)
-    for chunk in scene.chunks():
-        _highest(
-            chunk.x,
-            chunk.y,
-            chunk.z_m,
-            to_pixel,
-            surface.z_m,
-            surface.left,
-            surface.top,
-            surface.cell,
-            options.max_height_m,
-            radius_px,
-            chm,
-            counts,
-        )
+    for chunk in scene.chunks(survey=False):
+        height_m = chunk.z_m - surface.under(chunk.x, chunk.y)
+        canvas.add(chunk, height_m, counts)
     fate = dict(zip(_FATES, counts.tolist(), strict=True))
-    negative = fate.pop("negative")
-    used = fate.pop("used")
-    read = scene.read
-    dropped = {reason: scene.dropped.get(reason, 0) + fate.get(reason, 0) for reason in (*scene.dropped, *fate)}
-    assert read == used + sum(dropped.values()), f"{read} points read, {used} used, {dropped} dropped do not add up"
+    negative, used = fate.pop("negative"), fate.pop("used")
+    dropped = {reason: scene.dropped.get(reason, 0) + fate.get(reason, 0) for reason in dict.fromkeys((*_REFUSED, *fate))}
+    assert scene.read == used + sum(dropped.values()), f"{scene.read} points read, {used} used, {dropped} do not add up"
+    too_high, kept = dropped["above_max_height"], used + dropped["above_max_height"]
+    if too_high > MAX_TOO_HIGH_SHARE * kept:
+        raise LidarError(
+            f"{too_high} of {kept} returns of {scene.names} are more than max_height_m = {options.max_height_m:g} above the "
+            f"ground; if z is in feet give option z_unit_m, 0.3048 for feet, else raise max_height_m"
+        )
     if not used:
         raise LidarError(
-            f"none of {read} points of {scene.names} gives a height on the grid ({_told(dropped)}); check CRS and extent"
+            f"none of {scene.read} points of {scene.names} gives a height on the grid ({_told(dropped)}); "
+            f"check CRS and extent"
         )
-    chm, filled = _fill_holes(chm, options.fill_holes_px)
-    area_m2 = abs(grid.transform.determinant) * scene.metres_per_unit**2 * chm.size
-    attrs = {
-        "units": "m",
-        "long_name": "height above ground",
+    heights_m, filled = _fill_holes(canvas.height_m(), options.fill_holes_px)
+    pixel_m2 = abs(grid.transform.determinant) * scene.metres_per_unit**2
+    facts = {
         "algorithm": algorithm,
+        "returns": scene.returns,
         "subcircle_m": options.subcircle_m,
         "ground_method": method,
-        "density_per_m2": used / area_m2,
-        "void_fraction": float(np.isnan(chm).mean()),
-        "points_read": read,
+        "density_per_m2": used / (pixel_m2 * heights_m.size),
+        "void_fraction": float(np.isnan(heights_m).mean()),
+        "points_read": scene.read,
         "points_used": used,
         **{f"points_dropped_{reason}": n for reason, n in dropped.items()},
         "points_negative_set_to_0": negative,
         "pixels_hole_filled": filled,
         "files_outside": scene.files_outside,
     }
-    return _data_array(chm, grid, "height", attrs)
+    returns, buildings = canvas.cropped(canvas.returns), canvas.cropped(canvas.buildings)
+    says_buildings = set(scene.class_counts) - {0, 1, *NOISE_CLASSES, *GROUND_CLASSES}
+    share = np.divide(buildings, returns, out=np.full(grid.shape, np.nan), where=returns > 0).astype(np.float32)
+    return LidarLayers(
+        grid=grid,
+        height_m=heights_m,
+        valid=np.isfinite(heights_m),
+        density_per_m2=(returns / pixel_m2).astype(np.float32),
+        void=canvas.large_voids(),
+        building_fraction=share if says_buildings else None,
+        class_counts=dict(sorted(scene.class_counts.items())),
+        days=scene.days,
+        facts=facts,
+    )
 
 
 def ground_surface(
-    points: Path | Sequence[Path],
+    points: Points,
     grid: Grid,
     *,
     options: LidarOptions = LidarOptions(),
 ) -> xarray.DataArray:
     """Terrain under a point cloud at the pixel centres of `grid`: the surface that `lidar_to_chm` counts heights from.
 
-    From classes: the mean of the ground returns of a cell, moved to the cell's centre along the local slope. From the
-    filter: the same with the lowest return, so about 0.05 m lower. Between cells bilinear, in gaps a membrane.
+    On the grid of cells, from classes: the mean of the ground returns of a cell, moved to the cell's centre along the local
+    slope. From the filter: the same with the lowest return, so about 0.05 m lower. Between cells bilinear, in gaps a
+    membrane. With `ground_interpolation="tin"`: linear in the triangles of the ground returns (or of the lowest returns
+    that the filter accepts), and the surface of cells outside their hull.
 
     Args:
         points: as in `lidar_to_chm`.
@@ -221,17 +350,21 @@ def ground_surface(
     """
     if options.normalised:
         raise LidarError("normalised = True has no ground to return; leave it out for z above a vertical datum")
-    surface, method, facts = _Scene(points, grid, options).ground()
-    rows, cols = np.meshgrid(np.arange(grid.shape[0]) + 0.5, np.arange(grid.shape[1]) + 0.5, indexing="ij")
-    a, b, c, d, e, f = tuple(grid.transform)[:6]
-    x, y = a * cols + b * rows + c, d * cols + e * rows + f
-    place = [(surface.top - y) / surface.cell - 0.5, (x - surface.left) / surface.cell - 0.5]
-    z_m = ndimage.map_coordinates(surface.z_m, place, order=1, mode="nearest").astype(np.float32)
+    surface, method, facts = _Scene(points, grid, options, pitfree=False).survey()
+    z_m = np.empty(grid.shape, np.float32)
+    cols = np.arange(grid.shape[1]) + 0.5
+    for row in range(grid.shape[0]):
+        z_m[row] = surface.under(*grid.xy(cols, np.full(cols.size, row + 0.5)))
     attrs = {"units": "m", "long_name": "terrain elevation", "ground_method": method, **facts}
     return _data_array(z_m, grid, "ground", attrs)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
+
+_REFUSED = ("noise", "excluded_class", "withheld", "overlap", "other_return", "isolated", "outside_grid")
+"""Why the reader leaves a point out, the first that holds."""
+_FATES = ("used", "outside_grid", "no_ground", "above_max_height", "below_ground", "negative")
+"""What becomes of the others; "negative" are among the used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -240,45 +373,147 @@ class _Chunk:
     """Grid CRS."""
     y: Floats
     z_m: NDArray[np.float32]
-    is_ground: NDArray[np.bool_]
+    flags: NDArray[np.uint8]
+    """Sums of the `_IS_...`; what is excluded by its class is here only if it is a building."""
+
+    def part(self, keep: NDArray[np.bool_]) -> _Chunk:
+        return _Chunk(x=self.x[keep], y=self.y[keep], z_m=self.z_m[keep], flags=self.flags[keep])
 
 
-@dataclass(slots=True, eq=False)
 class _Scene:
-    """The files that touch a grid, read as often as needed and counted once."""
+    """The sources that touch a grid, read as often as needed and counted once."""
 
-    points: Path | Sequence[Path]
-    grid: Grid
-    options: LidarOptions
-    metres_per_unit: float = 0.0
-    read: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    files_outside: int = 0
-    _kept: list[_Chunk] | None = None
-
-    def __post_init__(self) -> None:
-        self.metres_per_unit = _metres_per_unit(self.grid.crs)
-        if not self.paths:
-            raise LidarError("no point cloud given; name at least one LAS or LAZ file")
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        return (Path(self.points),) if isinstance(self.points, str | Path) else tuple(Path(p) for p in self.points)
+    def __init__(self, points: Points, grid: Grid, options: LidarOptions, *, pitfree: bool) -> None:
+        self.grid, self.options, self.pitfree = grid, options, pitfree
+        self.metres_per_unit = _metres_per_unit(grid.crs)
+        self.returns = options.returns if options.returns != "auto" else "first" if pitfree else "all"
+        self.sources = point_sources(points)
+        unit_m = self.metres_per_unit
+        # What circles and discs reach from outside into the grid; whole tiles where triangulations need them.
+        self.pad_px = tuple(math.ceil((2 * options.void_radius_m + options.subcircle_m) / unit_m / gsd) for gsd in grid.gsd)
+        padded = grid.crop(
+            -self.pad_px[1], -self.pad_px[0], (grid.shape[0] + 2 * self.pad_px[1], grid.shape[1] + 2 * self.pad_px[0])
+        )
+        self.canopy_bounds = padded.bounds
+        if pitfree:
+            self.canopy_bounds = widened(snapped(padded.bounds, TILE_M / unit_m), PITFREE_BUFFER_M / unit_m)
+        reach = widened(self.canopy_bounds, MARGIN_M / unit_m)
+        if options.ground_interpolation == "tin" and not options.normalised:
+            buffered = widened(snapped(self.canopy_bounds, TILE_M / unit_m), options.ground_gap_m / unit_m)
+            reach = union(reach, buffered)
+        self.cells = GroundCells.over(
+            reach, options.ground_cell_m, unit_m,
+            options.ground_tin_cell_m if options.ground_interpolation == "tin" else None,
+        )  # fmt: skip
+        self.bounds = self.cells.bounds
+        self.voxels: Voxels | None = None
+        if options.isolated_points:
+            side_m = options.isolated_cube_m
+            self.voxels = Voxels(self.bounds[0], self.bounds[1], side_m / unit_m, side_m)
+        self.read = 0
+        self.dropped: dict[str, int] = {}
+        self.class_counts: dict[int, int] = {}
+        self.files_outside = 0
+        self._seconds = (math.inf, -math.inf)
+        self._undated = False
+        self._kept: list[_Chunk] | None = None
 
     @property
     def names(self) -> str:
-        return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+        first, rest = self.sources[0].name, len(self.sources) - 1
+        return f"{first} and {rest} more" if rest else first
 
-    def chunks(self) -> Iterator[_Chunk]:
-        """The points within the grid's margin, file by file in file order, less noise, withheld and dropped classes."""
-        if self._kept is not None:
-            yield from self._kept
+    def survey(self) -> tuple[Surface, str, dict[str, int]]:
+        """First pass: the ground surface around the grid, how it was found, and counts; isolated points become known."""
+        options, cells = self.options, self.cells
+        if options.normalised and self.voxels is None:
+            return Surface.flat(), _NORMALISED, {}
+        for chunk in self.chunks(survey=True):
+            if self.voxels is not None:
+                self.voxels.add(chunk.x, chunk.y, chunk.z_m)
+            if options.normalised:
+                continue
+            if options.ground != "filter":
+                cells.add_ground(chunk.x, chunk.y, chunk.z_m, chunk.flags & _IS_GROUND > 0)
+            if options.ground != "classes":
+                cells.add_lowest(chunk.x, chunk.y, chunk.z_m)
+        if self.voxels is not None:
+            self.voxels.find_alone(options.isolated_points)
+        if options.normalised:
+            return Surface.flat(), _NORMALISED, {}
+        return self._ground()
+
+    def _ground(self) -> tuple[Surface, str, dict[str, int]]:
+        options, cells = self.options, self.cells
+        ground, seen = cells.seen.tolist()
+        if options.ground == "classes" and not ground:
+            raise LidarError(
+                f"{self.names}: no point of class 2 or 9 on the grid, ground = 'classes' needs them; use ground = 'filter'"
+            )
+        facts: dict[str, int] = {}
+        vertices = None
+        if options.ground == "classes" or (options.ground == "auto" and ground > MIN_GROUND_SHARE * seen):
+            method = "classes 2 and 9"
+            place = cells.mean_place()
+            known = np.isfinite(place[0])
+            if cells.vertex_cell is not None:
+                vertices = cells.ground_vertices()
+        else:
+            method = "progressive morphological filter"
+            place = cells.low.astype(np.float64)
+            if not np.isfinite(place[0]).any():
+                raise LidarError(f"none of {self.read} points of {self.names} falls on the grid; check CRS and extent")
+            x, y, z_m = cells.low_place()
+            noise = low_noise(place[0], options.ground_cell_m)
+            if self.voxels is not None:
+                has = np.isfinite(place[0])
+                noise[has] |= self.voxels.alone(x[has], y[has], cells.low[0][has])
+            facts["cells_low_noise"] = int(np.count_nonzero(noise))
+            place[0][noise] = np.nan
+            known = morphological_ground(
+                place[0] - plane(place[0]),
+                cell_m=options.ground_cell_m, window_m=options.filter_window_m, slope=options.filter_slope,
+            )  # fmt: skip
+            place[:, ~known] = np.nan
+            if cells.vertex_cell is not None:
+                vertices = one_per_place(x[known], y[known], z_m[known], 0.0)
+        facts["ground_cells"] = int(np.count_nonzero(known))
+        z_m = centred(place)
+        z_m[ndimage.distance_transform_edt(~known) * options.ground_cell_m > options.ground_gap_m] = np.nan
+        tin = None
+        if vertices is not None:
+            method += ", triangulated"
+            facts["ground_vertices"] = vertices[0].size
+            tin = TiledTin(*vertices, unit_m=self.metres_per_unit, buffer_m=options.ground_gap_m)
+        return Surface(z_m=z_m, left=cells.left, top=cells.top, cell=cells.cell, tin=tin), method, facts
+
+    def chunks(self, *, survey: bool) -> Iterator[_Chunk]:
+        """The points near the grid, less noise, withheld and dropped classes.
+
+        Args:
+            survey: the first pass, with every return; else those that make canopy, and buildings, less isolated points.
+        """
+        chunks = self._decoded() if survey or self._kept is None else iter(self._kept)
+        if survey:
+            for chunk in chunks:
+                excluded = chunk.flags & _IS_EXCLUDED > 0
+                yield chunk.part(~excluded) if excluded.any() else chunk
             return
-        self.read, self.dropped, self.files_outside = 0, dict.fromkeys(_REFUSED, 0), 0
+        for chunk in chunks:
+            alone = np.zeros(chunk.x.size, bool) if self.voxels is None else self.voxels.alone(chunk.x, chunk.y, chunk.z_m)
+            excluded = chunk.flags & _IS_EXCLUDED > 0
+            other = (chunk.flags & _IS_WANTED == 0) & ~excluded
+            alone &= ~other & ~excluded
+            self.dropped["other_return"] += int(np.count_nonzero(other))
+            self.dropped["isolated"] += int(np.count_nonzero(alone))
+            yield chunk.part(~alone) if alone.any() else chunk
+
+    def _decoded(self) -> Iterator[_Chunk]:
+        self.read, self.dropped, self.class_counts, self.files_outside = 0, dict.fromkeys(_REFUSED, 0), {}, 0
         kept: list[_Chunk] | None = []
         kept_points = 0
-        for path in self.paths:
-            for chunk in self._file_chunks(path):
+        for source in self.sources:
+            for chunk in self._source_chunks(source):
                 kept_points += chunk.x.size
                 if kept is not None and kept_points <= self.options.keep_points:
                     kept.append(chunk)
@@ -287,132 +522,90 @@ class _Scene:
                 yield chunk
         self._kept = kept
 
-    def _file_chunks(self, path: Path) -> Iterator[_Chunk]:
-        import laspy
-
-        if not path.is_file():
-            raise LidarError(f"{path} does not exist or is not a file; give a LAS or LAZ file")
-        selection = laspy.DecompressionSelection
-        wanted = selection.XY_RETURNS_CHANNEL | selection.Z | selection.CLASSIFICATION | selection.FLAGS
-        try:
-            reader = laspy.open(path, decompression_selection=wanted)
-        except Exception as error:  # laspy, lazrs, struct and numpy each raise their own on malformed bytes
-            raise LidarError(f"{path} is not a readable LAS or LAZ file ({_first_line(error)}); fetch it again") from error
-        with reader:
-            header = reader.header
-            if not header.point_count:
-                raise LidarError(f"{path} holds 0 points; leave it out")
-            crs = self.options.crs or _header_crs(header, path)
-            z_unit_m = self.options.z_unit_m or _z_unit_m(crs, None if self.options.crs else header, path)
-            place = _Placer(_horizontal(crs), self.grid, MARGIN_M / self.metres_per_unit, path)
-            if place.misses(header.mins, header.maxs):
-                self.files_outside += 1
-                return
-            read = 0
-            while read < header.point_count:
-                try:
-                    record = reader.read_points(self.options.chunk_points)
-                    x, y, z = (np.asarray(v, np.float64) for v in (record.x, record.y, record.z))
-                    classes = np.asarray(record.classification)
-                    withheld = np.asarray(record.withheld, bool)
-                except Exception as error:  # as above
-                    raise _truncated(path, read, header.point_count, error) from error
-                if not x.size:
-                    raise _truncated(path, read, header.point_count, None)
-                read += x.size
-                px, py = place(x, y)
-                fate = np.zeros(x.size, np.uint8)
-                fate[~place.near(px, py)] = 1 + _REFUSED.index("outside_grid")
-                fate[withheld] = 1 + _REFUSED.index("withheld")
-                fate[np.isin(classes, self.options.drop_classes)] = 1 + _REFUSED.index("excluded_class")
-                noise = [c for c in self.options.drop_classes if c in NOISE_CLASSES]
-                fate[np.isin(classes, noise)] = 1 + _REFUSED.index("noise")
-                for reason, n in zip(_REFUSED, np.bincount(fate, minlength=len(_REFUSED) + 1)[1:], strict=True):
-                    self.dropped[reason] += int(n)
-                keep = fate == 0
-                yield _Chunk(
-                    x=px[keep],
-                    y=py[keep],
-                    z_m=(z[keep] * z_unit_m).astype(np.float32),
-                    is_ground=np.isin(classes[keep], GROUND_CLASSES),
-                )
-            self.read += read
-
-    def ground(self) -> tuple[_Surface, str, dict[str, int]]:
-        """The ground surface around the grid, how it was found, and counts."""
+    def _source_chunks(self, source: PointSource) -> Iterator[_Chunk]:
         options = self.options
-        cells = _GroundCells.around(self.grid, options.ground_cell_m / self.metres_per_unit, self.metres_per_unit)
-        seen = np.zeros(2, np.int64)
-        for chunk in self.chunks():
-            args = (cells.left, cells.top, cells.cell)
-            if options.ground != "filter":
-                _sum_ground(chunk.x, chunk.y, chunk.z_m, chunk.is_ground, *args, cells.count, cells.total, seen)
-            if options.ground != "classes":
-                _lowest(chunk.x, chunk.y, chunk.z_m, *args, cells.low)
-        if options.ground == "classes" and not seen[0]:
-            raise LidarError(
-                f"{self.names}: no point of class 2 or 9 on the grid, ground = 'classes' needs them; use ground = 'filter'"
+        crs = crs_of(source, options.crs)
+        z_unit_m = options.z_unit_m or z_unit_m_of(source, options.crs)
+        place = _Placer(horizontal(crs), self.grid, self.bounds, source.name)
+        if place.misses(source.bounds):
+            self.files_outside += 1
+            return
+        spacing = options.spacing_m / place.metres_per_unit if options.spacing_m else None
+        noise = [c for c in options.drop_classes if c in NOISE_CLASSES]
+        for points in source.chunks(place.source_bounds, spacing, options.chunk_points):
+            self.read += points.decoded
+            self.dropped["outside_grid"] += points.decoded - points.size
+            x, y = place(points.x, points.y)
+            near = inside(x, y, self.bounds)
+            classes = points.classification
+            for code, n in enumerate(np.bincount(classes[near], minlength=1)):
+                if n:
+                    self.class_counts[code] = self.class_counts.get(code, 0) + int(n)
+            self._note_days(points.gps_time_s, near)
+            wanted = np.ones(points.size, bool)
+            if self.returns != "all":
+                if not points.return_number.all():
+                    raise LidarError(
+                        f"{source.name} has points without return number, of which no {self.returns!r} can be chosen; "
+                        f"give option returns = 'all'"
+                    )
+                of = points.number_of_returns if self.returns == "last" else 1
+                wanted = points.return_number == of
+            building = np.isin(classes, BUILDING_CLASSES)
+            excluded = np.isin(classes, options.drop_classes)
+            fate = np.zeros(points.size, np.uint8)
+            for reason, holds in (
+                ("outside_grid", ~near),
+                *([("overlap", points.overlap)] if options.drop_overlap and points.overlap is not None else []),
+                ("withheld", points.withheld),
+                ("excluded_class", excluded),
+                ("noise", np.isin(classes, noise)),
+            ):
+                fate[holds] = 1 + _REFUSED.index(reason)
+            for reason, n in zip(_REFUSED, np.bincount(fate, minlength=len(_REFUSED) + 1)[1:], strict=True):
+                self.dropped[reason] += int(n)
+            keep = (fate == 0) | (building & excluded & near & ~points.withheld)
+            flags = (
+                _IS_GROUND * np.isin(classes, GROUND_CLASSES)
+                + _IS_BUILDING * building
+                + _IS_WANTED * wanted
+                + _IS_EXCLUDED * excluded
             )
-        facts: dict[str, int] = {}
-        if options.ground == "classes" or (options.ground == "auto" and seen[0] > MIN_GROUND_SHARE * seen[1]):
-            method = "classes 2 and 9"
-            known = cells.count > 0
-            place = np.divide(cells.total, cells.count, out=np.full(cells.total.shape, np.nan), where=known)
-        else:
-            method = "progressive morphological filter"
-            place = cells.low.astype(np.float64)
-            if not np.isfinite(place[0]).any():
-                raise LidarError(f"none of {self.read} points of {self.names} falls on the grid; check CRS and extent")
-            noise = _low_noise(place[0], options.ground_cell_m)
-            facts["cells_low_noise"] = int(np.count_nonzero(noise))
-            place[0][noise] = np.nan
-            known = _morphological_ground(place[0] - _plane(place[0]), options)
-            place[:, ~known] = np.nan
-        facts["ground_cells"] = int(np.count_nonzero(known))
-        z_m = _centred(place)
-        z_m[ndimage.distance_transform_edt(~known) * options.ground_cell_m > options.ground_gap_m] = np.nan
-        return _Surface(z_m=z_m, left=cells.left, top=cells.top, cell=cells.cell), method, facts
+            yield _Chunk(
+                x=x[keep],
+                y=y[keep],
+                z_m=(points.z[keep] * z_unit_m).astype(np.float32),
+                flags=flags[keep].astype(np.uint8),
+            )
+
+    def _note_days(self, gps_time_s: Floats | None, near: NDArray[np.bool_]) -> None:
+        if gps_time_s is None:
+            self._undated = True
+            return
+        known = gps_time_s[near & (gps_time_s != 0)]  # 0 is what producers write who have none
+        if known.size:
+            seconds = float(known.min()), float(known.max())
+            self._seconds = (min(seconds[0], self._seconds[0]), max(seconds[1], self._seconds[1]))
+
+    @property
+    def days(self) -> tuple[date, date] | None:
+        """UTC days of the earliest and the latest point read; None unless every source tells."""
+        if self._undated or self._seconds[0] > self._seconds[1]:
+            return None
+        first, last = (GPS_EPOCH + timedelta(seconds=s + 1e9 - GPS_LEAP_S) for s in self._seconds)
+        return first.date(), last.date()
 
 
-def _truncated(path: Path, read: int, promised: int, error: Exception | None) -> LidarError:
-    why = f" ({_first_line(error)})" if error else ""
-    return LidarError(f"{path} breaks off after {read} of {promised} points{why}; fetch it again")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+_NORMALISED = "none, heights above ground as delivered"
 
 
 def _told(dropped: dict[str, int]) -> str:
     return ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in dropped.items() if n) or "none dropped"
 
 
-# --- coordinate reference systems and units ----------------------------------------------------------------------------
-
-
-def _header_crs(header: Any, path: Path) -> CRS:
-    try:
-        crs = header.parse_crs()
-    except CRSError as error:
-        raise LidarError(f"{path}: CRS in the header is not understood ({_first_line(error)}); give option crs") from error
-    if crs is None:
-        raise LidarError(f"{path} has no CRS in its header; give it with option crs, for example EPSG:32610")
-    return cast("CRS", crs)
-
-
-def _horizontal(crs: CRS) -> CRS:
-    if crs.is_compound:
-        crs = crs.sub_crs_list[0]
-    return crs if len(crs.axis_info) == 2 else crs.to_2d()
-
-
-def _unbound(crs: CRS) -> CRS:
-    return crs.source_crs if crs.is_bound and crs.source_crs is not None else crs
-
-
 def _metres_per_unit(crs: CRS) -> float:
     """Metres per unit of x and y of a grid, refusing those whose units are not lengths on the ground."""
-    crs = _unbound(crs)
+    crs = unbound(crs)
     operation = crs.coordinate_operation
     if not crs.is_projected or (operation and "Pseudo" in operation.method_name):
         raise LidarError(
@@ -421,243 +614,194 @@ def _metres_per_unit(crs: CRS) -> float:
     return float(crs.axis_info[0].unit_conversion_factor)
 
 
-def _z_unit_m(crs: CRS, header: Any | None, path: Path) -> float:
-    """Metres per unit of z by the rule in the module's docstring; `header` None leaves the GeoTIFF keys out."""
-    for part in crs.sub_crs_list if crs.is_compound else [crs]:
-        for axis in _unbound(part).axis_info:
-            if axis.direction in ("up", "down"):
-                return float(axis.unit_conversion_factor)
-    if header is not None and (unit_m := _geokey_z_unit_m(header, path)) is not None:
-        return unit_m
-    plane = _unbound(_horizontal(crs))
-    if not plane.is_projected:
-        raise LidarError(f"{path}: CRS {crs.name!r} says nothing about the unit of z; give option z_unit_m, 1.0 for metres")
-    return float(plane.axis_info[0].unit_conversion_factor)
-
-
-def _geokey_z_unit_m(header: Any, path: Path) -> float | None:
-    """Unit of z in the GeoTIFF keys: VerticalUnitsGeoKey (4099) first, else the axis of VerticalCSTypeGeoKey (4096)."""
-    keys = {
-        key.id: key.value_offset
-        for vlr in header.vlrs.get("GeoKeyDirectoryVlr")
-        for key in vlr.geo_keys
-        if key.tiff_tag_location == 0
-    }
-    units = {9001: 1.0, 9002: 0.3048, 9003: 1200 / 3937}
-    undefined = (0, 32767)
-    if (code := keys.get(4099, 0)) not in undefined:
-        if code not in units:
-            raise LidarError(f"{path}: unit {code} of z (GeoTIFF key 4099) is not known; give option z_unit_m")
-        return units[code]
-    if (code := keys.get(4096, 0)) not in undefined:
-        try:
-            return float(CRS.from_epsg(code).axis_info[-1].unit_conversion_factor)
-        except CRSError as error:
-            raise LidarError(f"{path}: vertical CRS {code} (GeoTIFF key 4096) is not known; give option z_unit_m") from error
-    return None
-
-
 class _Placer:
-    """Points of one file -> the grid's CRS; outside the grid and its margin NaN.
+    """Points of one source -> the grid's CRS; outside the region asked for NaN.
 
     Projections are smooth, so they are computed at the nodes of a net and interpolated between, which is many times
-    faster than computing each point. The net is refined until the error at the centres of its meshes, where it is
-    greatest, is below `MAX_PLACEMENT_ERROR_M`.
+    faster than computing each point. The net's nodes are at multiples of its mesh from the origin of the source's CRS,
+    whatever the region; the mesh is halved until the error at the centres, where it is greatest, is below
+    `MAX_PLACEMENT_ERROR_M`.
     """
 
-    def __init__(self, crs: CRS, grid: Grid, margin: float, path: Path) -> None:
-        left, bottom, right, top = grid.bounds
-        self.bounds = (left - margin, bottom - margin, right + margin, top + margin)
-        self.forward = None
+    def __init__(self, crs: CRS, grid: Grid, bounds: Bounds, name: str) -> None:
+        self.net: Floats | None = None
+        self.source_bounds = bounds
+        geographic = unbound(crs).is_geographic
+        self.metres_per_unit = 111_320.0 if geographic else float(unbound(crs).axis_info[0].unit_conversion_factor)
+        # A file stores decimals; the halves of these steps are none of them, so rounding never depends on the last bit.
+        self.steps = float(1 << (30 if geographic else 14))
         if crs.equals(grid.crs, ignore_axis_order=True):
             return
         try:
-            self.forward = Transformer.from_crs(crs, grid.crs, always_xy=True)
-            west, south, east, north = self.forward.transform_bounds(*self.bounds, direction="INVERSE", errcheck=True)
+            forward = Transformer.from_crs(crs, grid.crs, always_xy=True)
+            box = forward.transform_bounds(*bounds, direction="INVERSE", errcheck=True)
         except ProjError as error:
             raise LidarError(
-                f"{path}: CRS {crs.name!r} does not reach the grid's {grid.crs.name!r} ({_first_line(error)}); "
+                f"{name}: CRS {crs.name!r} does not reach the grid's {grid.crs.name!r} ({str(error).splitlines()[0]}); "
                 f"check option crs and the grid"
             ) from error
         unit_m = _metres_per_unit(grid.crs)
-        meshes = max(1, math.ceil(max(right - left, top - bottom) * unit_m / 512))
+        self.mesh = 2.0**-8 if geographic else 512.0
         while True:
-            self.x0, self.y0 = west, south
-            self.dx, self.dy = (east - west) / meshes, (north - south) / meshes
-            self.net = self._nodes(np.arange(meshes + 1, dtype=np.float64))
-            middle = self._nodes(np.arange(meshes, dtype=np.float64) + 0.5)
-            mean = (self.net[:, :-1, :-1] + self.net[:, 1:, :-1] + self.net[:, :-1, 1:] + self.net[:, 1:, 1:]) / 4
+            self.source_bounds = snapped(box, self.mesh)
+            west, south, east, north = self.source_bounds
+            cols, rows = round((east - west) / self.mesh), round((north - south) / self.mesh)
+            fine_x, fine_y = (
+                start + np.arange(2 * n + 1) * (self.mesh / 2) for start, n in ((west, cols), (south, rows))
+            )  # fmt: skip
+            fine = np.stack(forward.transform(*np.meshgrid(fine_x, fine_y)))
+            net, middle = fine[:, ::2, ::2], fine[:, 1::2, 1::2]
+            mean = (net[:, :-1, :-1] + net[:, 1:, :-1] + net[:, :-1, 1:] + net[:, 1:, 1:]) / 4
             if np.abs(mean - middle).max() * unit_m <= MAX_PLACEMENT_ERROR_M:
+                self.net = np.ascontiguousarray(net)
                 return
-            meshes *= 2
-            assert meshes < 1 << 13, f"projection {crs.name!r} -> {grid.crs.name!r} is not smooth on the grid"
+            self.mesh /= 2
+            assert cols * rows < 1 << 24, f"projection {crs.name!r} -> {grid.crs.name!r} is not smooth on the grid"
 
-    def _nodes(self, steps: Floats) -> Floats:
-        assert self.forward is not None
-        y, x = np.meshgrid(self.y0 + steps * self.dy, self.x0 + steps * self.dx, indexing="ij")
-        return np.stack(self.forward.transform(x, y))
-
-    def misses(self, low: Floats, high: Floats) -> bool:
-        """Whether a box in the file's CRS lies wholly outside."""
-        box = (low[0], low[1], high[0], high[1])
-        left, bottom, right, top = self.bounds
-        if self.forward is not None:
-            left, bottom = self.x0, self.y0
-            right, top = left + self.dx * (self.net.shape[2] - 1), bottom + self.dy * (self.net.shape[1] - 1)
-        return bool(box[0] > right or box[2] < left or box[1] > top or box[3] < bottom)
-
-    def near(self, x: Floats, y: Floats) -> NDArray[np.bool_]:
-        """Which points in the grid's CRS lie on the grid or its margin; NaN does not."""
-        left, bottom, right, top = self.bounds
-        return (x >= left) & (x <= right) & (y >= bottom) & (y <= top)
+    def misses(self, box: Bounds) -> bool:
+        """Whether a box in the source's CRS lies wholly outside."""
+        left, bottom, right, top = self.source_bounds
+        return box[0] > right or box[2] < left or box[1] > top or box[3] < bottom
 
     def __call__(self, x: Floats, y: Floats) -> tuple[Floats, Floats]:
-        if self.forward is None:
+        x, y = np.rint(x * self.steps) / self.steps, np.rint(y * self.steps) / self.steps
+        if self.net is None:
             return x, y
         out = np.empty((2, x.size))
-        _interpolate_net(x, y, self.net, self.x0, self.y0, self.dx, self.dy, out)
+        _interpolate_net(x, y, self.net, self.source_bounds[0], self.source_bounds[1], self.mesh, out)
         return out[0], out[1]
 
 
-# --- ground ------------------------------------------------------------------------------------------------------------
+# --- canopy ------------------------------------------------------------------------------------------------------------
+
+
+class _Canvas:
+    """The pixels that points are drawn on: the grid with a rim around it, or, for pitfree, cells for its vertices."""
+
+    def __init__(self, scene: _Scene) -> None:
+        self.scene = scene
+        grid, (pad_x, pad_y) = scene.grid, scene.pad_px
+        self.inner = (slice(pad_y, pad_y + grid.shape[0]), slice(pad_x, pad_x + grid.shape[1]))
+        self.grid = grid.crop(-pad_y, -pad_x, (grid.shape[0] + 2 * pad_y, grid.shape[1] + 2 * pad_x))
+        self.returns = np.zeros(self.grid.shape, np.int32)
+        self.buildings = np.zeros(self.grid.shape, np.int32)
+        self.chm = np.full(self.grid.shape, np.nan, np.float32)
+        unit_m, options = scene.metres_per_unit, scene.options
+        self.radius_px = np.array([options.subcircle_m / unit_m / gsd for gsd in grid.gsd])
+        self.to_pixel = np.array(tuple(~self.grid.transform)[:6])
+        self.inside = np.array([pad_y, pad_y + grid.shape[0], pad_x, pad_x + grid.shape[1]])
+        self.vertices: _HighestFirst | None = None
+        if scene.pitfree:
+            self.vertices = _HighestFirst.over(scene.canopy_bounds, grid)
+
+    def add(self, chunk: _Chunk, height_m: Floats, counts: NDArray[np.int64]) -> None:
+        """Draw points of known height."""
+        if self.vertices is None:
+            chm, radius_px = self.chm, self.radius_px
+        else:  # the fates are the same; what is drawn are the vertices
+            chm, radius_px = np.empty((0, 0), np.float32), np.zeros(2)
+        max_height_m = self.scene.options.max_height_m
+        _highest(
+            chunk.x, chunk.y, height_m, chunk.flags, self.to_pixel, self.inside, max_height_m, radius_px, chm, self.returns,
+            self.buildings, counts,
+        )  # fmt: skip
+        if self.vertices is not None:
+            wanted = chunk.flags & (_IS_WANTED | _IS_EXCLUDED) == _IS_WANTED
+            ok = wanted & (height_m <= max_height_m) & (height_m >= -MAX_BELOW_GROUND_M)
+            radius = self.scene.options.subcircle_m / self.scene.metres_per_unit
+            self.vertices.add(chunk.x[ok], chunk.y[ok], height_m[ok], radius)
+
+    def cropped(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        """The grid's part of an array with the rim."""
+        return np.ascontiguousarray(pixels[self.inner])
+
+    def height_m(self) -> NDArray[np.float32]:
+        """The canopy height model on the grid."""
+        if self.vertices is None:
+            return self.cropped(self.chm)
+        return _pitfree(self.vertices, self.scene)
+
+    def large_voids(self) -> NDArray[np.bool_]:
+        """Pixels of the grid covered by a circle of `void_radius_m` without a return."""
+        options, grid, unit_m = self.scene.options, self.scene.grid, self.scene.metres_per_unit
+        pixel_m = (grid.gsd[1] * unit_m, grid.gsd[0] * unit_m)
+        empty = self.returns == 0
+        centres = ndimage.distance_transform_edt(empty, sampling=pixel_m) > options.void_radius_m
+        if not centres.any():
+            return np.zeros(grid.shape, bool)
+        covered = ndimage.distance_transform_edt(~centres, sampling=pixel_m) <= options.void_radius_m
+        return self.cropped(covered & empty)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Surface:
-    """Elevations at the centres of square cells; row 0 is north."""
+class _HighestFirst:
+    """The highest return per cell with its place; cells are the lattice's pixels, anchored to the origin of the CRS."""
 
-    z_m: Floats
-    left: float
-    top: float
+    row0: int
+    """Row of the first cell; row r covers y in (-(r+1)*cell, -r*cell]."""
+    col0: int
     cell: float
+    high: NDArray[np.float32]
+    """Planes: height_m, and the offsets of the point from the cell's centre along columns and rows, in cells."""
 
     @classmethod
-    def flat(cls) -> _Surface:
-        return cls(z_m=np.zeros((1, 1)), left=0.0, top=0.0, cell=1.0)
+    def over(cls, bounds: Bounds, grid: Grid) -> _HighestFirst:
+        cell = min(grid.gsd)
+        left, bottom, right, top = (round(edge / cell) for edge in snapped(bounds, cell))
+        return cls(row0=-top, col0=left, cell=cell, high=np.full((3, top - bottom, right - left), np.nan, np.float32))
+
+    def add(self, x: Floats, y: Floats, height_m: Floats, radius: float) -> None:
+        _highest_per_cell(x, y, np.maximum(height_m, 0.0), self.row0, self.col0, self.cell, radius, self.high)
+
+    def within(self, bounds: Bounds) -> tuple[Floats, Floats, Floats]:
+        """x, y and height_m of the vertices in `bounds`."""
+        left, bottom, right, top = bounds
+        rows, cols = self.high.shape[1:]
+        c0, c1 = math.floor(left / self.cell) - self.col0, math.ceil(right / self.cell) - self.col0
+        r0, r1 = math.floor(-top / self.cell) - self.row0, math.ceil(-bottom / self.cell) - self.row0
+        c0, c1, r0, r1 = max(c0, 0), min(c1, cols), max(r0, 0), min(r1, rows)
+        part = self.high[:, r0:r1, c0:c1]
+        row, col = np.nonzero(np.isfinite(part[0]))
+        height_m, across, down = part[:, row, col].astype(np.float64)
+        x = (self.col0 + c0 + col + 0.5 + across) * self.cell
+        y = -(self.row0 + r0 + row + 0.5 + down) * self.cell
+        near = inside(x, y, bounds)
+        return one_per_place(x[near], y[near], height_m[near], 0.0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _GroundCells:
-    """What the first pass gathers per ground cell.
-
-    Planes of `total` and `low`: z_m, and the offsets of the point from the cell's centre along columns and rows, in cells.
-    """
-
-    left: float
-    top: float
-    cell: float
-    count: NDArray[np.int32]
-    total: Floats
-    """Sums over the ground returns."""
-    low: NDArray[np.float32]
-    """The lowest return; the first of equals."""
-
-    @classmethod
-    def around(cls, grid: Grid, cell: float, metres_per_unit: float) -> _GroundCells:
-        # Whole blocks from the origin of the CRS, so that cells and noise blocks do not depend on the grid's corner.
-        block = cell * _block_cells(cell * metres_per_unit)
-        margin = MARGIN_M / metres_per_unit
-        left, bottom, right, top = grid.bounds
-        col0, col1 = math.floor((left - margin) / block), math.ceil((right + margin) / block)
-        row0, row1 = math.floor(-(top + margin) / block), math.ceil(-(bottom - margin) / block)
-        per = _block_cells(cell * metres_per_unit)
-        shape = ((row1 - row0) * per, (col1 - col0) * per)
-        return cls(
-            left=col0 * block,
-            top=-row0 * block,
-            cell=cell,
-            count=np.zeros(shape, np.int32),
-            total=np.zeros((3, *shape)),
-            low=np.full((3, *shape), np.nan, np.float32),
-        )
+def _pitfree(vertices: _HighestFirst, scene: _Scene) -> NDArray[np.float32]:
+    """The highest of the triangulations of the vertices above each threshold, at the pixels' centres."""
+    grid, options, unit_m = scene.grid, scene.options, scene.metres_per_unit
+    chm = np.full(grid.shape, np.nan, np.float32)
+    for tile in tiles_over(grid.bounds, TILE_M / unit_m):
+        window = _pixels_over(grid, tile)
+        if window is None:
+            continue
+        rows, cols = window
+        part = grid.crop(rows.start, cols.start, (rows.stop - rows.start, cols.stop - cols.start))
+        v, u = np.meshgrid(np.arange(part.shape[0]) + 0.5, np.arange(part.shape[1]) + 0.5, indexing="ij")
+        centre_x, centre_y = part.xy(u, v)
+        # Half-open, so that every pixel is one tile's.
+        own = (centre_x >= tile[0]) & (centre_x < tile[2]) & (centre_y >= tile[1]) & (centre_y < tile[3])
+        x, y, height_m = vertices.within(widened(tile, PITFREE_BUFFER_M / unit_m))
+        for step, threshold_m in enumerate(options.pitfree_thresholds_m):
+            tall = height_m >= threshold_m
+            px, py, pz = x[tall] - tile[0], y[tall] - tile[1], height_m[tall]
+            triangles, _ = delaunay(px, py)
+            most = options.pitfree_max_edge_m[min(step, 1)] / unit_m
+            triangles = triangles[longest_edge(px, py, triangles) <= most]
+            col, row = part.pixel(px + tile[0], py + tile[1])
+            raise_to_triangles(col, row, pz, triangles, own, chm[rows, cols])
+    return chm
 
 
-def _block_cells(cell_m: float) -> int:
-    """Cells along one side of a block of about 20 m."""
-    return max(2, round(20 / cell_m))
-
-
-def _low_noise(z_m: Floats, cell_m: float) -> NDArray[np.bool_]:
-    """Cells whose lowest return is noise: more than `MAX_BELOW_GROUND_M` below the third lowest cell of its 20 m block.
-
-    Why the third: under dense canopy true ground shows in a few cells only, far below their neighbours, so being lower
-    than the neighbours proves nothing; being alone does.
-    """
-    per = _block_cells(cell_m)
-    rows, cols = z_m.shape
-    blocks = np.where(np.isfinite(z_m), z_m, np.inf).reshape(rows // per, per, cols // per, per)
-    third = np.partition(blocks.swapaxes(1, 2).reshape(rows // per, cols // per, -1), 2, axis=-1)[..., 2]
-    third = np.where(np.isfinite(third), third, -np.inf)  # fewer than three cells: nothing to compare with
-    return np.asarray(z_m < third.repeat(per, 0).repeat(per, 1) - MAX_BELOW_GROUND_M)
-
-
-def _morphological_ground(z_m: Floats, options: LidarOptions) -> NDArray[np.bool_]:
-    """Which cells of lowest returns are ground, by openings with growing windows.
-
-    An opening with a window wider than an object removes the object and leaves a plane, however steep, as it is. A cell
-    that an opening lowers by more than slope * window radius is an object. Zhang et al. 2003 (IEEE TGRS 41, 872-882), with
-    the linear thresholds of Pingel et al. 2013 (ISPRS J. 77, 21-30); the radii grow by about a quarter instead of by one
-    cell, 9 openings for a window of 40 cells.
-    """
-    ground = np.isfinite(z_m)
-    surface = _membrane(z_m)
-    radius, last = 1, max(1, round(options.filter_window_m / options.ground_cell_m / 2))
-    while radius <= last:
-        side = 2 * radius + 1
-        opened = ndimage.grey_opening(surface, size=(side, side), mode="nearest")
-        ground &= surface - opened <= options.filter_slope * radius * options.ground_cell_m
-        surface = opened
-        radius = last if radius < last < radius * 1.25 + 1 else math.ceil(radius * 1.25 + 0.5)
-    return ground
-
-
-def _plane(z_m: Floats) -> Floats:
-    """The plane through the known cells by least squares, at all cells."""
-    rows, cols = np.nonzero(np.isfinite(z_m))
-    middle = rows.mean(), cols.mean()
-    steps = np.column_stack([np.ones(rows.size), rows - middle[0], cols - middle[1]])
-    # By the normal equations; a single row or column of cells leaves one slope open, which `pinv` sets to 0.
-    level, per_row, per_col = np.linalg.pinv(steps.T @ steps) @ (steps.T @ z_m[rows, cols])
-    return np.asarray(
-        level + per_row * (np.arange(z_m.shape[0]) - middle[0])[:, None] + per_col * (np.arange(z_m.shape[1]) - middle[1])
-    )
-
-
-def _centred(place: Floats) -> Floats:
-    """Elevations at all cell centres from (z_m, column offset, row offset) of one return per cell, NaN where there is none.
-
-    The slope comes from a first surface smoothed over about five cells; without it a lowest return, which lies at the
-    lower edge of its cell, would pull steep ground down by half a cell times the slope.
-    """
-    plane = _plane(place[0])  # where the ground ends on a slope a membrane sags; what the plane leaves over does not
-    first = ndimage.gaussian_filter(_membrane(place[0] - plane), 2.0, mode="nearest") + plane
-    rise_row, rise_col = np.gradient(first)
-    return _membrane(place[0] - rise_col * place[1] - rise_row * place[2] - plane) + plane
-
-
-def _membrane(z_m: Floats, sweeps: int = 24) -> Floats:
-    """`z_m` with its NaN replaced by a membrane stretched between the known cells (Laplace's equation), coarse to fine.
-
-    A plane stays a plane across a gap. At least one cell must be known.
-    """
-    known = np.isfinite(z_m)
-    assert known.any(), "membrane needs a known cell"
-    if known.all():
-        return z_m.copy()
-    rows, cols = z_m.shape
-    if max(rows, cols) <= 2:
-        return np.where(known, z_m, z_m[known].mean())
-    half = ((rows + 1) // 2, (cols + 1) // 2)
-    pairs = np.full((half[0] * 2, half[1] * 2), np.nan)
-    pairs[:rows, :cols] = z_m
-    quads = pairs.reshape(half[0], 2, half[1], 2)
-    n = np.isfinite(quads).sum(axis=(1, 3))
-    coarse = np.divide(np.nansum(quads, axis=(1, 3)), n, out=np.full(half, np.nan), where=n > 0)
-    coarse = _membrane(coarse, sweeps)
-    places = np.meshgrid((np.arange(rows) - 0.5) / 2, (np.arange(cols) - 0.5) / 2, indexing="ij")
-    out = np.where(known, z_m, ndimage.map_coordinates(coarse, places, order=1, mode="nearest"))
-    _relax(out, known, sweeps)
-    return out
+def _pixels_over(grid: Grid, bounds: Bounds) -> tuple[slice, slice] | None:
+    """(row, col) slices of the grid's pixels that may have their centre in `bounds`."""
+    left, bottom, right, top = bounds
+    cols, rows = grid.pixel(np.array([left, right, left, right]), np.array([bottom, bottom, top, top]))
+    c0, c1 = max(math.floor(cols.min()), 0), min(math.ceil(cols.max()), grid.shape[1])
+    r0, r1 = max(math.floor(rows.min()), 0), min(math.ceil(rows.max()), grid.shape[0])
+    return (slice(r0, r1), slice(c0, c1)) if r0 < r1 and c0 < c1 else None
 
 
 def _fill_holes(chm: NDArray[np.float32], most_px: int) -> tuple[NDArray[np.float32], int]:
@@ -672,28 +816,19 @@ def _fill_holes(chm: NDArray[np.float32], most_px: int) -> tuple[NDArray[np.floa
     for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
         small[edge] = False
     fill = small[labels]
-    return np.where(fill, _membrane(chm.astype(np.float64)), chm).astype(np.float32), int(np.count_nonzero(fill))
+    return np.where(fill, membrane(chm.astype(np.float64)), chm).astype(np.float32), int(np.count_nonzero(fill))
 
 
 # --- inner loops -------------------------------------------------------------------------------------------------------
 
-_REFUSED = ("noise", "excluded_class", "withheld", "outside_grid")
-"""Why the reader leaves a point out, the first that holds."""
-_FATES = ("used", "outside_grid", "no_ground", "above_max_height", "below_ground", "negative")
-"""What `_highest` counts; "negative" are among the used."""
 
-
-def _compiled(function: _F) -> _F:
-    return cast("_F", njit(cache=True, nogil=True)(function))
-
-
-@_compiled
+@compiled
 def _interpolate_net(  # noqa: PLR0917 - compiled loops take plain arrays and numbers
-    x: Floats, y: Floats, net: Floats, x0: float, y0: float, dx: float, dy: float, out: Floats
+    x: Floats, y: Floats, net: Floats, x0: float, y0: float, mesh: float, out: Floats
 ) -> None:
     rows, cols = net.shape[1] - 1, net.shape[2] - 1
     for i in range(x.size):
-        u, v = (x[i] - x0) / dx, (y[i] - y0) / dy
+        u, v = (x[i] - x0) / mesh, (y[i] - y0) / mesh
         if not (0.0 <= u <= cols and 0.0 <= v <= rows):
             out[0, i] = out[1, i] = np.nan
             continue
@@ -705,103 +840,40 @@ def _interpolate_net(  # noqa: PLR0917 - compiled loops take plain arrays and nu
             out[k, i] = low + v * (high - low)
 
 
-@_compiled
-def _sum_ground(  # noqa: PLR0917 - compiled loops take plain arrays and numbers
+@compiled
+def _highest(  # noqa: PLR0917 - as above
     x: Floats,
     y: Floats,
-    z_m: NDArray[np.float32],
-    is_ground: NDArray[np.bool_],
-    left: float,
-    top: float,
-    cell: float,
-    count: NDArray[np.int32],
-    total: Floats,
-    seen: NDArray[np.int64],
-) -> None:
-    rows, cols = count.shape
-    for i in range(x.size):
-        u, v = (x[i] - left) / cell, (top - y[i]) / cell
-        if 0.0 <= u < cols and 0.0 <= v < rows:
-            seen[1] += 1
-            if is_ground[i]:
-                c, r = int(u), int(v)
-                seen[0] += 1
-                count[r, c] += 1
-                total[0, r, c] += z_m[i]
-                total[1, r, c] += u - c - 0.5
-                total[2, r, c] += v - r - 0.5
-
-
-@_compiled
-def _lowest(  # noqa: PLR0917 - compiled loops take plain arrays and numbers
-    x: Floats, y: Floats, z_m: NDArray[np.float32], left: float, top: float, cell: float, low: NDArray[np.float32]
-) -> None:
-    rows, cols = low.shape[1:]
-    for i in range(x.size):
-        u, v = (x[i] - left) / cell, (top - y[i]) / cell
-        if 0.0 <= u < cols and 0.0 <= v < rows:
-            c, r = int(u), int(v)
-            if not z_m[i] >= low[0, r, c]:  # NaN, no return yet, is not >=
-                low[0, r, c] = z_m[i]
-                low[1, r, c] = u - c - 0.5
-                low[2, r, c] = v - r - 0.5
-
-
-@_compiled
-def _relax(z_m: Floats, known: NDArray[np.bool_], sweeps: int) -> None:
-    """Gauss-Seidel sweeps of Laplace's equation, over-relaxed but for the last four, which smooth what that roughens."""
-    rows, cols = z_m.shape
-    for sweep in range(sweeps):
-        step = 1.5 if sweep < sweeps - 4 else 1.0
-        for r in range(rows):
-            for c in range(cols):
-                if known[r, c]:
-                    continue
-                total, n = 0.0, 0
-                if r > 0:
-                    total, n = total + z_m[r - 1, c], n + 1
-                if r < rows - 1:
-                    total, n = total + z_m[r + 1, c], n + 1
-                if c > 0:
-                    total, n = total + z_m[r, c - 1], n + 1
-                if c < cols - 1:
-                    total, n = total + z_m[r, c + 1], n + 1
-                z_m[r, c] += step * (total / n - z_m[r, c])
-
-
-@_compiled
-def _highest(  # noqa: PLR0917 - compiled loops take plain arrays and numbers
-    x: Floats,
-    y: Floats,
-    z_m: NDArray[np.float32],
+    height_m: Floats,
+    flags: NDArray[np.uint8],
     to_pixel: Floats,
-    ground_m: Floats,
-    left: float,
-    top: float,
-    cell: float,
+    own: NDArray[np.int64],
     max_height_m: float,
     radius_px: Floats,
     chm: NDArray[np.float32],
+    returns: NDArray[np.int32],
+    buildings: NDArray[np.int32],
     counts: NDArray[np.int64],
 ) -> None:
-    rows, cols = chm.shape
-    last_row, last_col = ground_m.shape[0] - 1, ground_m.shape[1] - 1
+    rows, cols = returns.shape
     radius_c, radius_r = radius_px
+    draws = chm.size > 0
     for i in range(x.size):
         col = to_pixel[0] * x[i] + to_pixel[1] * y[i] + to_pixel[2]
         row = to_pixel[3] * x[i] + to_pixel[4] * y[i] + to_pixel[5]
-        if not (-radius_c <= col < cols + radius_c and -radius_r <= row < rows + radius_r):  # NaN is outside
+        on_canvas = 0.0 <= col < cols and 0.0 <= row < rows
+        if on_canvas:
+            returns[int(row), int(col)] += 1
+            if flags[i] & _IS_BUILDING:
+                buildings[int(row), int(col)] += 1
+        if flags[i] & (_IS_WANTED | _IS_EXCLUDED) != _IS_WANTED:
+            continue  # counted by the reader
+        if not (
+            own[0] - radius_r <= row < own[1] + radius_r and own[2] - radius_c <= col < own[3] + radius_c
+        ):  # NaN is outside
             counts[1] += 1
             continue
-        # Bilinear ground.
-        u = min(max((x[i] - left) / cell - 0.5, 0.0), float(last_col))
-        v = min(max((top - y[i]) / cell - 0.5, 0.0), float(last_row))
-        c0, r0 = int(u), int(v)
-        c1, r1 = min(c0 + 1, last_col), min(r0 + 1, last_row)
-        u, v = u - c0, v - r0
-        north = ground_m[r0, c0] + u * (ground_m[r0, c1] - ground_m[r0, c0])
-        south = ground_m[r1, c0] + u * (ground_m[r1, c1] - ground_m[r1, c0])
-        height = z_m[i] - (north + v * (south - north))
+        height = height_m[i]
         if np.isnan(height):
             counts[2] += 1
             continue
@@ -811,28 +883,63 @@ def _highest(  # noqa: PLR0917 - compiled loops take plain arrays and numbers
         if height < -MAX_BELOW_GROUND_M:
             counts[4] += 1
             continue
+        touched = True
+        raised = np.float32(max(height, 0.0))
         if radius_c == 0.0:
-            c, r = int(col), int(row)
-            touched = True
-            if not chm[r, c] >= max(height, 0.0):
-                chm[r, c] = max(height, 0.0)
+            if draws:
+                c, r = int(col), int(row)
+                if not chm[r, c] >= raised:  # NaN is not >=
+                    chm[r, c] = raised
         else:
             touched = False
-            for r in range(max(0, math.floor(row - radius_r)), min(rows - 1, math.floor(row + radius_r)) + 1):
-                for c in range(max(0, math.floor(col - radius_c)), min(cols - 1, math.floor(col + radius_c)) + 1):
+            for r in range(max(own[0], math.floor(row - radius_r)), min(own[1] - 1, math.floor(row + radius_r)) + 1):
+                for c in range(max(own[2], math.floor(col - radius_c)), min(own[3] - 1, math.floor(col + radius_c)) + 1):
                     # Distance to the nearest point of the pixel, in radii.
                     away_c = max(c - col, 0.0, col - (c + 1)) / radius_c
                     away_r = max(r - row, 0.0, row - (r + 1)) / radius_r
                     if away_c * away_c + away_r * away_r <= 1.0:
                         touched = True
-                        if not chm[r, c] >= max(height, 0.0):
-                            chm[r, c] = max(height, 0.0)
+                        if not chm[r, c] >= raised:
+                            chm[r, c] = raised
         if touched:
             counts[0] += 1
             if height < 0.0:
                 counts[5] += 1
         else:
             counts[1] += 1
+
+
+@compiled
+def _highest_per_cell(  # noqa: PLR0917 - as above
+    x: Floats,
+    y: Floats,
+    height_m: Floats,
+    row0: int,
+    col0: int,
+    cell: float,
+    radius: float,
+    high: NDArray[np.float32],
+) -> None:
+    """The highest return per cell, or with a radius the highest of the returns and eight places on a circle around each."""
+    rows, cols = high.shape[1:]
+    places = 9 if radius > 0.0 else 1
+    for i in range(x.size):
+        for k in range(places):
+            px, py = x[i], y[i]
+            if k:
+                px, py = px + radius * math.cos(math.pi / 4 * k), py + radius * math.sin(math.pi / 4 * k)
+            u, v = px / cell, -py / cell  # from the origin, so that the place in the cell does not depend on the region
+            left, top = np.floor(u), np.floor(v)
+            c, r = int(left) - col0, int(top) - row0
+            if not (0 <= c < cols and 0 <= r < rows):
+                continue
+            height, held = np.float32(height_m[i]), high[0, r, c]
+            if height < held:  # NaN, no return yet, is not
+                continue
+            across, down = np.float32(u - left - 0.5), np.float32(v - top - 0.5)
+            if height == held and (across, -down) >= (high[1, r, c], -high[2, r, c]):
+                continue
+            high[0, r, c], high[1, r, c], high[2, r, c] = height, across, down
 
 
 # --- result ------------------------------------------------------------------------------------------------------------

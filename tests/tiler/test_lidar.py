@@ -14,7 +14,8 @@ from scipy.spatial import cKDTree
 from canopy import raster
 from canopy.errors import LidarError
 from canopy.grid import Grid, Lattice
-from canopy.tiler.lidar import NON_VEGETATION_CLASSES, LidarOptions, _membrane, ground_surface, lidar_to_chm
+from canopy.tiler.ground import membrane
+from canopy.tiler.lidar import NON_VEGETATION_CLASSES, LidarOptions, ground_surface, lidar_to_chm
 
 UTM = CRS.from_epsg(32610)
 SIDE_M = 60.0
@@ -275,7 +276,8 @@ def test_grid_without_true_lengths_is_refused(tmp_path, rng, code):
 # --- what is dropped, filled and void ------------------------------------------------------------------------------------
 
 
-def test_every_dropped_point_is_counted(tmp_path, rng):
+@pytest.mark.parametrize(("isolated_points", "alone"), [(0, False), (6, True)])
+def test_every_dropped_point_is_counted(tmp_path, rng, isolated_points, alone):
     x, y, z, classes, _ = wood(rng)
     z, classes = z.copy(), classes.copy()
     withheld = np.zeros(x.size, bool)
@@ -291,16 +293,20 @@ def test_every_dropped_point_is_counted(tmp_path, rng):
     withheld[ground[30:37]] = True
     x[ground[40:48]] += 5000
     path = write(tmp_path / "dirty.laz", x, y, z, classes, withheld=withheld)
-    attrs = lidar_to_chm(path, GRID, options=LidarOptions(drop_classes=(7, 18, *NON_VEGETATION_CLASSES))).attrs
+    options = LidarOptions(drop_classes=(7, 18, *NON_VEGETATION_CLASSES), isolated_points=isolated_points)
+    attrs = lidar_to_chm(path, GRID, options=options).attrs
     dropped = {name.removeprefix("points_dropped_"): n for name, n in attrs.items() if name.startswith("points_dropped_")}
     assert dropped == {
         "noise": 7,
         "excluded_class": 6,
         "withheld": 7,
+        "overlap": 0,
+        "other_return": 0,
+        "isolated": 7 if alone else 0,
         "outside_grid": 8,
         "no_ground": 0,
-        "above_max_height": 3,
-        "below_ground": 4,
+        "above_max_height": 0 if alone else 3,
+        "below_ground": 0 if alone else 4,
     }
     assert attrs["points_used"] + sum(dropped.values()) == attrs["points_read"] == x.size
 
@@ -324,11 +330,13 @@ def test_low_noise_does_not_dig_the_ground(tmp_path, rng):
     pits = np.concatenate([ground[blocks == block][[0, 40]] for block in range(9)])
     z[pits] -= 20
     path = write(tmp_path / "pits.las", x, y, z)
-    surface = ground_surface(path, GRID)
+    options = LidarOptions(isolated_points=0)
+    surface = ground_surface(path, GRID, options=options)
     assert surface.attrs["cells_low_noise"] == pits.size
     truth = terrain_m(surface.x.to_numpy()[None], surface.y.to_numpy()[:, None])
     assert np.abs(surface.to_numpy() - truth).max() < 1
-    assert lidar_to_chm(path, GRID).attrs["points_dropped_below_ground"] == pits.size
+    assert lidar_to_chm(path, GRID, options=options).attrs["points_dropped_below_ground"] == pits.size
+    assert lidar_to_chm(path, GRID).attrs["points_dropped_isolated"] == pits.size
 
 
 def test_voids_stay_nan_and_only_small_holes_are_filled(tmp_path, rng):
@@ -388,7 +396,8 @@ def test_normalised_cloud(tmp_path, rng):
 def test_subcircle_raises_every_pixel_that_it_touches(tmp_path, radius_m):
     x, y, height = np.array([LEFT + 10.5, LEFT + 40.9]), np.array([BOTTOM + 20.5, BOTTOM + 30.5]), np.array([7.0, 9.0])
     path = write(tmp_path / "two.las", x, y, height)
-    chm = lidar_to_chm(path, GRID, options=LidarOptions(normalised=True, subcircle_m=radius_m)).to_numpy()
+    options = LidarOptions(normalised=True, subcircle_m=radius_m, isolated_points=0)
+    chm = lidar_to_chm(path, GRID, options=options).to_numpy()
     truth = np.full(GRID.shape, np.nan)
     for r in range(60):
         for c in range(60):
@@ -444,7 +453,7 @@ def test_membrane_keeps_a_plane_across_a_gap(rng):
     torn = plane.copy()
     torn[20:60, 15:50] = np.nan
     torn[rng.random(torn.shape) < 0.3] = np.nan
-    stretched = _membrane(torn)
+    stretched = membrane(torn)
     np.testing.assert_array_equal(stretched[np.isfinite(torn)], plane[np.isfinite(torn)])
     assert np.abs(stretched - plane)[1:-1, 1:-1].max() < 0.35, (
         "a thousandth of the gap's 40 m would be luck, 1 % is the method"
@@ -498,7 +507,11 @@ def test_no_ground_class(tmp_path, rng):
 
 def test_bad_options(tmp_path, rng):
     path = write(tmp_path / "wood.las", *wood(rng)[:3])
-    assert "'pitfree' is not known; use 'p2r'" in one_line(lambda: lidar_to_chm(path, GRID, "pitfree"))
+    assert "'spikefree' is not known; use 'p2r' or 'pitfree'" in one_line(lambda: lidar_to_chm(path, GRID, "spikefree"))
+    assert "without return number" in one_line(lambda: lidar_to_chm(path, GRID, "pitfree"))
+    assert "'only' is not known; use 'auto', 'all', 'first' or 'last'" in one_line(lambda: LidarOptions(returns="only"))
+    assert "must begin with 0 and rise" in one_line(lambda: LidarOptions(pitfree_thresholds_m=(0, 5, 2)))
+    assert "at most 16" in one_line(lambda: LidarOptions(pitfree_max_edge_m=(20, 1)))
     assert "z_unit_m = 0" in one_line(lambda: LidarOptions(z_unit_m=0))
     assert "max_height_m = nan" in one_line(lambda: LidarOptions(max_height_m=float("nan")))
     assert "subcircle_m = -1" in one_line(lambda: LidarOptions(subcircle_m=-1))
