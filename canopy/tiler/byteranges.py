@@ -344,7 +344,7 @@ def _body(response: requests.Response, size: int | None) -> bytes:
             if 0 <= promised < got:
                 break
     except requests.RequestException as error:
-        raise _AgainError(f"broke off after {got} bytes" if got else _told(error)) from error
+        raise _AgainError(_told(error) if isinstance(error, requests.Timeout) else "the answer broke off") from error
     if promised >= 0 and got != promised:
         raise _AgainError(f"{got} of {promised} bytes")
     return b"".join(parts)

@@ -243,8 +243,12 @@ def clipped(fields: Mapping[str, NDArray[Any]], bounds: Bounds | None) -> RawPoi
     return RawPoints(**fields, decoded=x.size)
 
 
-def checked_bounds(bounds: Bounds | None) -> Bounds | None:
-    """`bounds` if they enclose something."""
+def checked(bounds: Bounds | None, spacing: float | None, chunk_points: int) -> Bounds | None:
+    """`bounds` of a request for points that makes sense."""
+    if chunk_points < 1:
+        raise LidarError(f"chunk_points = {chunk_points} must be 1 or more")
+    if spacing is not None and not (math.isfinite(spacing) and spacing > 0):
+        raise LidarError(f"spacing = {spacing} must be a finite number above 0; leave it out for all points")
     if bounds is None:
         return None
     left, bottom, right, top = bounds
@@ -348,8 +352,7 @@ class LasFile:
         """See `PointSource`; all points are decoded unless the whole file lies outside `bounds`."""
         import laspy
 
-        del spacing  # one level of detail
-        bounds = checked_bounds(bounds)
+        bounds = checked(bounds, spacing, chunk_points)
         if bounds is not None and apart(self.bounds, bounds):
             return
         try:

@@ -34,7 +34,7 @@ from canopy.tiler.las import (
     RawPoints,
     apart,
     breaks_off,
-    checked_bounds,
+    checked,
     clipped,
     first_line,
     header_bounds,
@@ -75,8 +75,6 @@ class _Cube(NamedTuple):
         """How many levels have to be read for points `spacing` apart, the root among them."""
         if spacing is None:
             return MAX_LEVEL + 1
-        if not (math.isfinite(spacing) and spacing > 0):
-            raise LidarError(f"spacing = {spacing} must be a finite number above 0; leave it out for all points")
         return min(MAX_LEVEL, max(0, math.ceil(math.log2(self.spacing / spacing)))) + 1
 
     def touched(self, key: NDArray[np.int64], bounds: Bounds | None) -> NDArray[np.bool_]:
@@ -96,8 +94,6 @@ class _Cube(NamedTuple):
 
 def _regrouped(pieces: Iterator[RawPoints], chunk_points: int) -> Iterator[RawPoints]:
     """The same points in the same order, in chunks of `chunk_points` and a last one with the rest."""
-    if chunk_points < 1:
-        raise LidarError(f"chunk_points = {chunk_points} must be 1 or more")
     waiting: list[RawPoints] = []
     held = 0
     for piece in pieces:
@@ -262,7 +258,7 @@ class CopcFile:
         self, bounds: Bounds | None = None, spacing: float | None = None, chunk_points: int = CHUNK_POINTS
     ) -> Iterator[RawPoints]:
         """See `PointSource`."""
-        bounds = checked_bounds(bounds)
+        bounds = checked(bounds, spacing, chunk_points)
         if bounds is not None and apart(self.bounds, bounds):
             return
         yield from _regrouped(self._pieces(self.nodes(bounds, spacing), bounds, chunk_points), chunk_points)
@@ -553,7 +549,7 @@ class EptFolder:
         self, bounds: Bounds | None = None, spacing: float | None = None, chunk_points: int = CHUNK_POINTS
     ) -> Iterator[RawPoints]:
         """See `PointSource`. A node that the hierarchy names and the folder lacks is an error."""
-        bounds = checked_bounds(bounds)
+        bounds = checked(bounds, spacing, chunk_points)
         if bounds is not None and apart(self.bounds, bounds):
             return
         yield from _regrouped(self._pieces(self.nodes(bounds, spacing), bounds), chunk_points)
