@@ -106,19 +106,31 @@ def tile_build(
     recipe: Annotated[Path, typer.Argument(help="Recipe (TOML), for example tiles/autzen.toml.")],
     out: Annotated[Path | None, typer.Option(help="Folder to make; default: the recipe's name beside it.")] = None,
     *,
+    area: Annotated[
+        Path | None, typer.Option(help="Area in place of the recipe's (GeoJSON, GeoPackage, GeoParquet).")
+    ] = None,
+    bbox: Annotated[
+        tuple[float, float, float, float] | None, typer.Option(help="Area as west south east north, in degrees.")
+    ] = None,
+    place: Annotated[str | None, typer.Option(help="Area as the name of a place, which a geocoder is asked for.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; default: as many as the work is worth, at most one a core.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, for example tcp://host:8786.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Cut imagery and canopy heights into training chips with an index and a split.
 
-    Example: canopy tile tiles/autzen.toml
+    A build that was stopped goes on where it was. Example: canopy tile tiles/autzen.toml
     """
     from canopy.tiler.chips import build_tile_set, read_index
 
-    def progress(name: str, chips: int) -> None:
-        _say(f"{name}: {chips} chips so far")
-
-    folder = build_tile_set(recipe, out, overwrite=overwrite, progress=progress)
+    with _stages() as progress:
+        folder = build_tile_set(
+            recipe, out, area=_area(area, bbox, place), overwrite=overwrite, scheduler=scheduler, workers=workers,
+            progress=progress,
+        )  # fmt: skip
     splits = read_index(folder)["split"].value_counts().to_dict()
     if as_json:
         _print_json({"tile_set": str(folder), "chips": sum(splits.values()), "splits": splits})
@@ -279,6 +291,53 @@ def _band_list(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise CanopyError(f"--bands {text!r} is not a list of numbers; give for example 1,2,3") from None
+
+
+def _area(
+    path: Path | None, bbox: tuple[float, float, float, float] | None, place: str | None
+) -> Path | tuple[float, float, float, float] | Any | None:
+    """The one area among three ways of giving it, or none."""
+    from canopy.errors import AreaError
+
+    given = [name for name, value in (("an area", path), ("--bbox", bbox), ("--place", place)) if value is not None]
+    if len(given) > 1:
+        raise AreaError(f"{given[0]} and {given[1]} are both given; give one of them")
+    if place is not None:
+        from canopy.tiler.area import area_of_place
+
+        found = area_of_place(place)
+        _say(f"{place}: {found.name}")
+        return found
+    return path if path is not None else bbox
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str, int, int], None]]:
+    """As `_progress`, for work in stages: a bar each on a terminal; elsewhere lines."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            tasks: dict[str, TaskID] = {}
+
+            def show(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task(stage, total=total)
+                bar.update(tasks[stage], completed=done, total=total)
+
+            yield show
+        return
+    last = time.monotonic()
+
+    def line(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 10:
+            last = time.monotonic()
+            _say(f"{stage}: {done} of {total} tasks")
+
+    yield line
 
 
 @contextmanager

@@ -46,7 +46,6 @@ from canopy import __version__
 from canopy.errors import CanopyError, OutputError, RecipeError
 from canopy.grid import Box, Lattice
 from canopy.raster import Pixels, create_raster, read_raster
-from canopy.tiler.imagery import NO_DATE
 from canopy.tiler.quality import ChipFacts, JudgedChip, Verdict, judge, judge_set
 from canopy.tiler.recipe import TileSetRecipe, load_recipe
 from canopy.tiler.register import Shift, measure_shift, robust_shift, shift_height
@@ -683,7 +682,7 @@ def _write(
     name = "_".join([source.site, *([item.variant] if item.variant else []), f"r{found.box.row0}_c{found.box.col0}"])
     lattice = item.lattice(recipe)
     known_m = height_m[np.isfinite(height_m)]
-    taken_on = median_day(scene.days(found.box), image.valid, int(NO_DATE)) if scene.days is not None else None
+    taken_on = median_day(scene.days(found.box), image.valid) if scene.days is not None else None
     image_date = taken_on or source.image_date
     facts: dict[str, Any] = {}
     if measured is not None and taken is not None:
@@ -694,7 +693,8 @@ def _write(
     if recipe.quality is not None:
         facts["verdict"] = judge(
             ChipFacts(
-                image=image, height_m=height_m, gsd_m=recipe.gsd_m, left_out=found.left_out, image_date=image_date,
+                image=image, height_m=height_m, gsd_m=recipe.gsd_m, colours=scene.colours,
+                value_range=scene.value_range, left_out=found.left_out, image_date=image_date,
                 lidar_date=source.lidar_date, latitude_deg=_latitude_deg(lattice, found.box),
                 shift=None if measured is None or taken is None else _for_quality(measured, taken, moved=moved),
             ),

@@ -59,6 +59,9 @@ class StacImagery(_Table):
     date: Day | None = None
     """The day that "closest" is counted from."""
     max_cloud_percent: float | None = Field(default=None, ge=0, le=100)
+    """Default the source's own limit."""
+    exclude: tuple[str, ...] = ()
+    """Ids of items to leave out."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

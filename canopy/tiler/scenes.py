@@ -33,7 +33,7 @@ from pyproj import CRS
 from canopy.errors import RecipeError
 from canopy.grid import Box, Lattice, sheets_over
 from canopy.raster import Pixels, open_raster, write_raster
-from canopy.tiler.imagery import inspect, open_imagery
+from canopy.tiler.imagery import NO_DATE, ImageFiles, Imagery
 from canopy.tiler.recipe import (
     SIMULATED_SEEDS,
     ImagedSource,
@@ -175,6 +175,10 @@ class Scene:
     """Any box -> (row, col) days since 1970-01-01 of the imagery; None where the imagery knows no days."""
     unlabelled: tuple[Box, ...] = ()
     """Where the heights are not canopy."""
+    colours: tuple[str, ...] | None = None
+    """Names of the bands where the imagery knows them."""
+    value_range: tuple[float, float] | None = None
+    """Least and greatest value of a pixel where the imagery knows it."""
 
 
 # --- finding the items ---------------------------------------------------------------------------------------------------
@@ -223,7 +227,7 @@ class Finder:
         given = {key: paths for key, paths in labels.items() if paths is not None}
         if not _one_item_per_file(source.image):
             _refuse_unknown(source, set())
-            files = {key: self._listed(paths) for key, paths in given.items()}
+            files = {key: _files_of(self._resolved(paths)) for key, paths in given.items()}
             for item in self._imaged(number, source):
                 yield self._with(item, **files)
             return
@@ -259,34 +263,26 @@ class Finder:
             return
         assert source.image is not None, "a source without a search has files"
         if _one_item_per_file(source.image):
-            groups: dict[str, tuple[Path, ...]] = {
-                name: (path,) for name, path in matches(source.image[0], self.folder).items()
-            }
+            groups: dict[str, Sequence[Path]] = {n: (p,) for n, p in matches(source.image[0], self.folder).items()}
         else:
-            files = self._listed(source.image)
-            groups = {files[0].stem if len(source.image) == 1 else source.site: files}
-        for name, group in groups.items():
-            if (item := self._imaged_by(number, source, name, group)) is not None:
+            paths = self._resolved(source.image)
+            groups = {paths[0].stem if len(paths) == 1 else source.site: paths}
+        for name, paths in groups.items():
+            if (item := self._imaged_by(number, source, name, paths)) is not None:
                 yield item
 
-    def _imaged_by(self, number: int, source: ImagedSource, name: str, images: tuple[Path, ...]) -> Item | None:
-        crs = self._crs(images)
-        with open_imagery(_source_of(images), Lattice(crs=crs, gsd_m=self.recipe.gsd_m), self._bands) as opened:
-            box = opened.box
-        box_in = self._inside(box, source, crs, f"{images[0]}")
-        if box_in is None:
+    def _imaged_by(self, number: int, source: ImagedSource, name: str, paths: Sequence[Path]) -> Item | None:
+        files = ImageFiles(paths)
+        crs = self._crs(files)
+        with files.open(Lattice(crs=crs, gsd_m=self.recipe.gsd_m), self.recipe.bands) as opened:
+            box = self._inside(opened.box, source, crs, files.info.source)
+        if box is None:
             return None
-        return self._item(name, number, crs, box_in, images=images)
+        return self._item(name, number, crs, box, images=tuple(file.path for file in files.info.files))
 
-    @property
-    def _bands(self) -> tuple[int, ...]:
-        if named := [band for band in self.recipe.bands if isinstance(band, str)]:
-            raise RecipeError(f"bands has the name {named[0]!r}; bands of files are numbers, for example [1, 2, 3]")
-        return tuple(int(band) for band in self.recipe.bands)
-
-    def _crs(self, images: tuple[Path, ...]) -> CRS:
+    def _crs(self, files: ImageFiles) -> CRS:
         given = self.recipe.crs
-        return CRS.from_user_input(given) if given is not None else inspect(_source_of(images)).metric_crs
+        return CRS.from_user_input(given) if given is not None else files.info.metric_crs
 
     def _inside(self, box: Box, source: ImagedSource, crs: CRS, what: str) -> Box | None:
         """`box` within the source's bounds and the bounds of the area; None where the area misses it."""
@@ -303,24 +299,25 @@ class Finder:
     def _searched(self, number: int, source: ImagedSource, query: StacImagery) -> Item:
         from canopy.tiler import stac
 
-        if self.area is None:
+        area = self.area
+        if area is None:
             raise RecipeError(f"{source.site}: imagery from {query.source} needs an area; give area or bbox_deg, or --area")
         described = self._described(query.source)
         catalogue = stac.load_source(described)
         manifest = self._frozen(
             f"imagery-{source.site}",
             {
-                "query": query.model_dump(mode="json"), "area": self.area.geometry.wkb_hex,
+                "query": query.model_dump(mode="json"), "area": area.geometry.wkb_hex,
                 "source": catalogue.model_dump(mode="json"),
             },
             lambda path: stac.search(
-                catalogue, self.area, start=query.start, end=query.end, max_cloud_percent=query.max_cloud_percent,
-                prefer=query.prefer, date=query.date,
+                catalogue, area, start=query.start, end=query.end, max_cloud_percent=query.max_cloud_percent,
+                prefer=query.prefer, date=query.date, exclude=query.exclude,
             ).write(path),
         )  # fmt: skip
-        crs = CRS.from_user_input(self.recipe.crs) if self.recipe.crs is not None else self.area.utm_crs()
+        crs = CRS.from_user_input(self.recipe.crs) if self.recipe.crs is not None else area.utm_crs()
         lattice = Lattice(crs=crs, gsd_m=self.recipe.gsd_m)
-        box = self._inside(lattice.covering(self.area.polygon_in(crs).bounds), source, crs, f"the area {self.area.name}")
+        box = self._inside(lattice.covering(area.polygon_in(crs).bounds), source, crs, f"the area {area.name}")
         assert box is not None, "an area touches itself"
         return self._item(query.source.rsplit("/", 1)[-1].removesuffix(".toml"), number, crs, box, manifest=manifest)
 
@@ -376,8 +373,9 @@ class Finder:
         assert source.chm is not None, "a canopy height model to photograph"
         self._refuse_bands(source)
         for name, path in matches(source.chm, self.folder).items():
-            crs = self._crs((path,))
-            with open_imagery(path, Lattice(crs=crs, gsd_m=self.recipe.gsd_m), (1,)) as chm:
+            files = ImageFiles(path)
+            crs = self._crs(files)
+            with files.open(Lattice(crs=crs, gsd_m=self.recipe.gsd_m), (1,)) as chm:
                 box = chm.box
             for seed in source.seeds:
                 item = self._item(f"{name}-s{seed}", number, crs, box, seed=seed, variant=f"s{seed}")
@@ -389,8 +387,8 @@ class Finder:
                 f"{source.site} is simulated, in red, green and blue; bands must be [1, 2, 3], not {[*self.recipe.bands]}"
             )
 
-    def _listed(self, texts: Sequence[str]) -> tuple[Path, ...]:
-        return tuple(path for text in texts for path in matches(text, self.folder).values())
+    def _resolved(self, texts: Sequence[str]) -> list[Path]:
+        return [resolve(text, self.folder) for text in texts]
 
     def _item(
         self,
@@ -458,9 +456,8 @@ def _one_item_per_file(image: tuple[str, ...] | None) -> bool:
     return image is not None and len(image) == 1 and "*" in image[0]
 
 
-def _source_of(paths: Sequence[Path]) -> Any:
-    """What `open_imagery` takes: a file or folder as it is, several as a mosaic."""
-    return paths[0] if len(paths) == 1 else tuple(paths)
+def _files_of(paths: Sequence[Path]) -> tuple[Path, ...]:
+    return tuple(file.path for file in ImageFiles(paths).info.files)
 
 
 # --- heights from points -------------------------------------------------------------------------------------------------
@@ -519,22 +516,30 @@ def open_scene(item: Item, number: int, recipe: TileSetRecipe, work: Path) -> It
         yield _grown_scene(item, lattice) if source.chm is None else _reimaged_scene(item, lattice)
         return
     with ExitStack() as stack:
-        days = None
+        facts: dict[str, Any] = {}
         if item.manifest is not None:
             from canopy.tiler.stac import Manifest, open_stac
 
             manifest = Manifest.read(work / "set" / "manifests" / item.manifest)
-            colours = stack.enter_context(open_stac(manifest, lattice, recipe.bands))
-            days = colours.days
+            # Tasks share the tiles that have been fetched, and so does a build that goes on after a stop.
+            found = stack.enter_context(open_stac(manifest, lattice, recipe.bands, cache=work / "imagery"))
+            facts = {"colours": tuple(str(band) for band in found.bands), "value_range": found.value_range}
+            imagery: Imagery = found
         else:
-            bands = tuple(int(band) for band in recipe.bands)
-            colours = stack.enter_context(open_imagery(_source_of([*map(Path, item.images)]), lattice, bands))
+            imagery = stack.enter_context(_image_files(item.images, item.stamps).open(lattice, recipe.bands))
         yield Scene(
-            image=colours.read,
-            days=days,
+            image=imagery.read,
+            days=imagery.days,
             height_m=_heights_of(item, number, lattice, work, stack),
             unlabelled=tuple(lattice.covering(bounds) for bounds in source.unlabelled_m),
+            **facts,
         )
+
+
+@lru_cache(maxsize=8)
+def _image_files(paths: tuple[str, ...], _state: tuple[Stamp, ...]) -> ImageFiles:
+    """Headers, read once a process for as long as the files stay as they are."""
+    return ImageFiles(paths)
 
 
 def refuse_changed(stamps: Iterable[Stamp]) -> None:
@@ -542,7 +547,7 @@ def refuse_changed(stamps: Iterable[Stamp]) -> None:
     for stamp in stamps:
         path = Path(stamp.path)
         if not path.is_file() or Stamp.of(path) != stamp:
-            raise RecipeError(f"{path} changed while the tile set was being built; start anew with --overwrite")
+            raise RecipeError(f"{path} changed while the tile set was being built; leave it alone and run the build again")
 
 
 def _heights_of(
@@ -552,7 +557,7 @@ def _heights_of(
         tiles = {tile: label_path(work, number, tile) for tile in label_tiles(item)}
         return lambda box: _from_tiles(tiles, box)
     if item.heights:
-        chm = stack.enter_context(open_imagery(_source_of([*map(Path, item.heights)]), lattice, (1,)))
+        chm = stack.enter_context(_image_files(item.heights, item.stamps).open(lattice, (1,)))
         return lambda box: heights(chm.read(box))
     from canopy.tiler.heights import dsm_minus_dtm
 
@@ -582,7 +587,7 @@ def _reimaged_scene(item: Item, lattice: Lattice) -> Scene:
     from canopy.simulate import reimage
 
     assert item.seed is not None, "a photographed model has a seed"
-    with open_imagery(Path(item.heights[0]), lattice, (1,)) as chm:
+    with ImageFiles(item.heights).open(lattice, (1,)) as chm:
         height_m = heights(chm.read(chm.box))
     # The name goes in as well, so that the models of a folder are not all seen in one light.
     name = item.name.removesuffix(f"-{item.variant}")
@@ -617,9 +622,9 @@ def window(height_m: NDArray[np.float32], outer: Box, box: Box) -> NDArray[np.fl
     return out
 
 
-def median_day(days: Days, valid: NDArray[np.bool_], missing: int) -> date | None:
-    """The median of the days of the valid pixels; None where no valid pixel has one."""
-    known = days[valid & (days != missing)]
+def median_day(days: Days, valid: NDArray[np.bool_]) -> date | None:
+    """The median of the days of the valid pixels, the earlier of two; None where no valid pixel has one."""
+    known = days[valid & (days != NO_DATE)]
     if not known.size:
         return None
     return date(1970, 1, 1) + timedelta(days=int(np.sort(known)[(known.size - 1) // 2]))
