@@ -670,7 +670,7 @@ def _striping(chip: _Chip, check: Striping) -> _Measured | None:
         heights = np.where(known, chip.height_m[part], 0.0)
         maps.append(("heights", heights, known, check.amplitude_m, " m"))
         # Crowns are metres high and hide a stripe of decimetres, which clipping brings out; it also halves it, about.
-        relief = np.clip(heights - ndimage.uniform_filter(heights, 9), -4 * check.amplitude_m, 4 * check.amplitude_m)
+        relief = np.clip(heights - ndimage.median_filter(heights, 7), -4 * check.amplitude_m, 4 * check.amplitude_m)
         maps.append(("clipped heights", relief, known, check.amplitude_m / 2, " m"))
     maps.append(("voids", (~known).astype(np.float64), asked, check.amplitude_share, ""))
     if chip.facts.density_per_m2 is not None:
