@@ -20,6 +20,10 @@ class LidarError(CanopyError):
     """A point cloud that cannot be turned into heights."""
 
 
+class NoPointsError(LidarError):
+    """A point cloud without a usable point where heights are asked for."""
+
+
 class RecipeError(CanopyError):
     """A recipe (TOML) with an unknown key, a wrong value or a missing file."""
 

@@ -27,7 +27,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -43,7 +43,7 @@ from pydantic import BaseModel, ConfigDict
 from pyproj import Transformer
 
 from canopy import __version__
-from canopy.errors import CanopyError, OutputError, RecipeError
+from canopy.errors import CanopyError, NoPointsError, OutputError, RecipeError
 from canopy.grid import Box, Lattice
 from canopy.raster import Pixels, create_raster, read_raster
 from canopy.tiler.quality import ChipFacts, JudgedChip, Verdict, judge, judge_set
@@ -52,8 +52,10 @@ from canopy.tiler.register import Shift, measure_shift, robust_shift, shift_heig
 from canopy.tiler.scenes import (
     Finder,
     Item,
+    Label,
     PlannedArea,
     Scene,
+    acquisition_day,
     gap_days,
     label_tiles,
     make_label,
@@ -83,12 +85,13 @@ COLUMNS: Final = (
 """Columns of the index.
 
 `geometry` is the imagery inside the window, in EPSG:4326; `image_date` the median day of the valid pixels where the imagery
-knows days, else the recipe's; `gap_days` the days between the two dates, empty when one is unknown; `valid_fraction` the
-share of the whole window with a known height. `shift_x_m`, `shift_y_m` and `shift_score` are what registration measured on
-this chip (NaN: not measured), `shift_applied` whether its heights were moved, `shift_decision` why, or by how much where the
-acquisition's shift was taken. `quality` is keep, flag or drop, `flags` the names of the checks that found something and
-`reasons` their sentences. `sha256` is the digest of the bytes of the image file followed by those of the height file; `item`
-names the image; (`row_px`, `col_px`) is the window's first pixel on the lattice of `crs`.
+knows days, else the recipe's; `lidar_date` the recipe's, else the middle of the flights where the points tell; `gap_days`
+the days between the two dates, empty when one is unknown; `valid_fraction` the share of the whole window with a known
+height. `shift_x_m`, `shift_y_m` and `shift_score` are what registration measured on this chip (NaN: not measured),
+`shift_applied` whether its heights were moved, `shift_decision` why, or by how much where the acquisition's shift was taken.
+`quality` is keep, flag or drop, `flags` the names of the checks that found something and `reasons` their sentences. `sha256`
+is the digest of the bytes of the image file followed by those of the height file; `item` names the image; (`row_px`,
+`col_px`) is the window's first pixel on the lattice of `crs`.
 """
 
 _SINCE_QUALITY: Final[Mapping[str, Any]] = {
@@ -285,6 +288,8 @@ def build_tile_set(
         with _engine(scheduler, workers, plan) as engine:
             for stage, count in plan.stages.items():
                 _run(engine, stage, count, plan=plan, work=work, progress=progress)
+                if stage == "labels" and count:
+                    _write_json(work / DAYS, _acquisition_days(plan, work))
                 if stage == "shifts" and count:
                     _write_json(work / SHIFTS, _acquisition_shifts(plan, work))
         _finish(plan, work, recipe)
@@ -485,8 +490,8 @@ def run_task(work: str, digest: str, stage: Stage, number: int) -> int:
         case "labels":
             item, tile = plan.labels[number]
             refuse_changed(plan.items[item].stamps)
-            make_label(plan.items[item], item, Box(*tile), plan.recipe, folder)
-            rows: list[Any] = []
+            label = make_label(plan.items[item], item, Box(*tile), plan.recipe, folder)
+            rows: list[Any] = [label.model_dump(mode="json")]
         case "shifts":
             rows = [row for span in plan.chips[number] for row in _measure(plan, span, folder)]
         case "chips":
@@ -578,6 +583,9 @@ def _windows(plan: Plan, span: Span, scene: Scene) -> Iterator[_Window]:
 SHIFTS: Final = "shifts.json"
 """The shift of each acquisition, in the working folder."""
 
+DAYS: Final = "days.json"
+"""The day of each point cloud that knows it, in the working folder."""
+
 
 def _measure(plan: Plan, span: Span, work: Path) -> list[tuple[int, dict[str, Any]]]:
     """(item, shift) of every chip of a span."""
@@ -589,6 +597,28 @@ def _measure(plan: Plan, span: Span, work: Path) -> list[tuple[int, dict[str, An
             (span.item, asdict(measure_shift(window.image, window.height_m, plan.recipe.gsd_m, settings)))
             for window in _windows(plan, span, scene)
         ]
+
+
+def _acquisition_days(plan: Plan, work: Path) -> dict[str, str]:
+    """The day of each item's cloud where it is known.
+
+    Raises:
+        LidarError: clouds that give no height anywhere on their image.
+    """
+    labels: dict[int, list[Label]] = defaultdict(list)
+    for number, (item, _) in enumerate(plan.labels):
+        labels[item] += [Label.model_validate(row) for row in _rows(work, "labels", number)]
+    days = {}
+    for number, found in labels.items():
+        cloud = plan.items[number]
+        if not any(label.known_px for label in found):
+            raise NoPointsError(
+                f"none of the {len(cloud.points)} point clouds of {cloud.name}, {cloud.points[0]} the first, gives a height on "
+                f"the imagery; check CRS and extent of both"
+            )
+        if (day := acquisition_day(found)) is not None:
+            days[str(number)] = day.isoformat()
+    return days
 
 
 def _acquisition_shifts(plan: Plan, work: Path) -> dict[str, dict[str, Any]]:
@@ -615,6 +645,7 @@ class Chip(_Value):
     footprint: tuple[int, int, int, int]
     """Lattice pixels with imagery: row0, col0, row1, col1."""
     image_date: date | None
+    lidar_date: date | None
     valid_fraction: float
     height_mean_m: float
     height_p95_m: float
@@ -663,6 +694,14 @@ def _moved(found: _Window, scene: Scene, shift: Shift, gsd_m: float) -> NDArray[
     return np.where(found.image.valid & ~found.left_out, height_m, np.float32(np.nan))
 
 
+def _beside(found: _Window, scene: Scene, shift: Shift | None, gsd_m: float) -> dict[str, Any]:
+    """What else the labels know of a window, moved as its heights were."""
+    if scene.beside is None:
+        return {}
+    layers = scene.beside(found.box)
+    return layers if shift is None else {name: shift_height(layer, shift, gsd_m) for name, layer in layers.items()}
+
+
 def _write(
     plan: Plan,
     number: int,
@@ -684,6 +723,7 @@ def _write(
     known_m = height_m[np.isfinite(height_m)]
     taken_on = median_day(scene.days(found.box), image.valid) if scene.days is not None else None
     image_date = taken_on or source.image_date
+    lidar_date = source.lidar_date or _flown_on(plan, number, folder.parent)
     facts: dict[str, Any] = {}
     if measured is not None and taken is not None:
         facts = {
@@ -695,8 +735,9 @@ def _write(
             ChipFacts(
                 image=image, height_m=height_m, gsd_m=recipe.gsd_m, colours=scene.colours,
                 value_range=scene.value_range, left_out=found.left_out, image_date=image_date,
-                lidar_date=source.lidar_date, latitude_deg=_latitude_deg(lattice, found.box),
+                lidar_date=lidar_date, latitude_deg=_latitude_deg(lattice, found.box),
                 shift=None if measured is None or taken is None else _for_quality(measured, taken, moved=moved),
+                **_beside(found, scene, taken if moved else None, recipe.gsd_m),
             ),
             recipe.quality,
         )  # fmt: skip
@@ -710,12 +751,20 @@ def _write(
         col_px=found.box.col0,
         footprint=(footprint.row0, footprint.col0, footprint.row1, footprint.col1),
         image_date=image_date,
+        lidar_date=lidar_date,
         valid_fraction=known_m.size / height_m.size,
         height_mean_m=float(known_m.mean(dtype=np.float64)),
         height_p95_m=float(np.percentile(known_m, 95)),
         sha256=_write_files(folder, name, lattice=lattice, box=found.box, image=image, height_m=height_m),
         **facts,
     )
+
+
+def _flown_on(plan: Plan, number: int, work: Path) -> date | None:
+    if not plan.items[number].points:
+        return None
+    day = json.loads((work / DAYS).read_bytes()).get(str(number))
+    return None if day is None else date.fromisoformat(day)
 
 
 def _decision(measured: Shift, taken: Shift, *, moved: bool) -> str:
@@ -815,8 +864,15 @@ def _verdicts(chips: Sequence[Chip], places: Sequence[Place], plan: Plan) -> dic
     return judge_set(judged, settings, duplicates=_duplicates(chips) if settings.duplicate_chips.on else ())
 
 
-def _duplicates(chips: Sequence[Chip]) -> Iterable[tuple[str, str]]:
-    raise NotImplementedError
+def _duplicates(chips: Sequence[Chip]) -> Iterator[tuple[str, str]]:
+    """Pairs of ids whose images show the same content."""
+    from canopy.tiler.fingerprint import near_duplicates
+
+    codes = [np.load(io.BytesIO(base64.b64decode(chip.codes or "")), allow_pickle=False) for chip in chips]
+    pairs = near_duplicates(codes, codes)
+    for a, b in zip(pairs.a.tolist(), pairs.b.tolist(), strict=True):
+        if a < b:
+            yield chips[a].id, chips[b].id
 
 
 def _index(chips: Sequence[Chip], plan: Plan) -> gpd.GeoDataFrame:
@@ -844,6 +900,7 @@ def _index(chips: Sequence[Chip], plan: Plan) -> gpd.GeoDataFrame:
                 crs=lattice.crs,
                 centre_m=((left + right) / 2, (bottom + top) / 2),
                 footprint_m=footprint,
+                height_p95_m=chip.height_p95_m,
             )
         )
         west, south, east, north = footprint
@@ -857,7 +914,7 @@ def _index(chips: Sequence[Chip], plan: Plan) -> gpd.GeoDataFrame:
     ]  # fmt: skip
     splits = take_out_buffer(places, splits, recipe.split.buffer_m)
     dates = pd.ArrowDtype(pa.date32())
-    gaps = [gap_days(chip.image_date, source.lidar_date) for chip, source in zip(chips, sources, strict=True)]
+    gaps = [gap_days(chip.image_date, chip.lidar_date) for chip in chips]
     columns = {
         "id": [chip.id for chip in chips],
         "geometry": outlines,
@@ -865,7 +922,7 @@ def _index(chips: Sequence[Chip], plan: Plan) -> gpd.GeoDataFrame:
         "block": [block for block, _ in assigned],
         "split": splits,
         "image_date": pd.array([chip.image_date for chip in chips], dtype=dates),
-        "lidar_date": pd.array([source.lidar_date for source in sources], dtype=dates),
+        "lidar_date": pd.array([chip.lidar_date for chip in chips], dtype=dates),
         "gap_days": pd.array(gaps, dtype="Int32"),
         "gsd_m": np.full(len(chips), recipe.gsd_m),
         "valid_fraction": [chip.valid_fraction for chip in chips],

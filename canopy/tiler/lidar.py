@@ -30,7 +30,7 @@ from pyproj import CRS, Transformer
 from pyproj.exceptions import ProjError
 from scipy import ndimage
 
-from canopy.errors import LidarError
+from canopy.errors import LidarError, NoPointsError
 from canopy.grid import Grid
 from canopy.tiler.ground import (
     MARGIN_M,
@@ -287,7 +287,7 @@ def lidar_layers(
             f"ground; if z is in feet give option z_unit_m, 0.3048 for feet, else raise max_height_m"
         )
     if not used:
-        raise LidarError(
+        raise NoPointsError(
             f"none of {scene.read} points of {scene.names} gives a height on the grid ({_told(dropped)}); "
             f"check CRS and extent"
         )
@@ -446,6 +446,8 @@ class _Scene:
     def _ground(self) -> tuple[Surface, str, dict[str, int]]:
         options, cells = self.options, self.cells
         ground, seen = cells.seen.tolist()
+        if options.ground != "filter" and not seen:
+            raise NoPointsError(f"none of {self.read} points of {self.names} falls on the grid; check CRS and extent")
         if options.ground == "classes" and not ground:
             raise LidarError(
                 f"{self.names}: no point of class 2 or 9 on the grid, ground = 'classes' needs them; use ground = 'filter'"
@@ -462,7 +464,7 @@ class _Scene:
             method = "progressive morphological filter"
             place = cells.low.astype(np.float64)
             if not np.isfinite(place[0]).any():
-                raise LidarError(f"none of {self.read} points of {self.names} falls on the grid; check CRS and extent")
+                raise NoPointsError(f"none of {self.read} points of {self.names} falls on the grid; check CRS and extent")
             x, y, z_m = cells.low_place()
             noise = low_noise(place[0], options.ground_cell_m)
             if self.voxels is not None:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from pyproj import CRS
 
-from canopy.errors import RecipeError
+from canopy.errors import NoPointsError, RecipeError
 from canopy.grid import Box, Lattice, sheets_over
 from canopy.raster import Pixels, open_raster, write_raster
 from canopy.tiler.imagery import NO_DATE, ImageFiles, Imagery
@@ -173,6 +173,8 @@ class Scene:
     """Any box -> (row, col) float32 metres, NaN unknown."""
     days: Callable[[Box], Days] | None = None
     """Any box -> (row, col) days since 1970-01-01 of the imagery; None where the imagery knows no days."""
+    beside: Callable[[Box], dict[str, NDArray[np.float32]]] | None = None
+    """Any box -> what else the labels know, by the field of `canopy.tiler.quality.ChipFacts`."""
     unlabelled: tuple[Box, ...] = ()
     """Where the heights are not canopy."""
     colours: tuple[str, ...] | None = None
@@ -267,8 +269,8 @@ class Finder:
         else:
             paths = self._resolved(source.image)
             groups = {paths[0].stem if len(paths) == 1 else source.site: paths}
-        for name, paths in groups.items():
-            if (item := self._imaged_by(number, source, name, paths)) is not None:
+        for name, group in groups.items():
+            if (item := self._imaged_by(number, source, name, group)) is not None:
                 yield item
 
     def _imaged_by(self, number: int, source: ImagedSource, name: str, paths: Sequence[Path]) -> Item | None:
@@ -417,7 +419,7 @@ class Finder:
 
     def _with(self, item: Item, **files: Iterable[Path | str]) -> Item:
         """The item with its label files, which are stamped like its images."""
-        named = {key: tuple(map(str, paths)) for key, paths in files.items()}
+        named = {key: tuple(str(path) for path in paths) for key, paths in files.items()}
         local = (Path(path) for paths in named.values() for path in paths if not _remote(path))
         return item.model_copy(update={**named, "stamps": (*item.stamps, *self._stamped(local))})
 
@@ -476,27 +478,70 @@ def label_path(work: Path, number: int, tile: Box) -> Path:
     return work / "labels" / str(number) / f"r{tile.row0}_c{tile.col0}.tif"
 
 
-def make_label(item: Item, number: int, tile: Box, recipe: TileSetRecipe, work: Path) -> None:
+LABEL_BANDS: Final = ("height_m", "density_per_m2", "building_fraction")
+"""Bands of the rasters in which heights from points are kept until the chips are cut; NaN where unknown."""
+
+
+class Label(BaseModel):
+    """What is known of a tile of heights besides its pixels: the record of its task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    known_px: int
+    first_day: date | None = None
+    """UTC day of the earliest return."""
+    last_day: date | None = None
+
+
+def make_label(item: Item, number: int, tile: Box, recipe: TileSetRecipe, work: Path) -> Label:
     """Make the heights of one tile from the item's clouds.
 
+    Where the item is larger than a tile, the clouds may miss this one: its heights are then unknown.
+
     Raises:
-        LidarError: as `lidar_to_chm`.
+        LidarError: as `canopy.tiler.lidar.lidar_layers`.
     """
-    from canopy.tiler.lidar import lidar_to_chm
+    from canopy.tiler.lidar import lidar_layers
 
     source = recipe.source[item.source]
     assert isinstance(source, LidarSource), f"{item.name} has no point cloud"
     options, lattice, outer = lidar_options(source), item.lattice(recipe), tile
     if tile != item.lattice_box:
-        halo = max(LABEL_HALO_PX, options.fill_holes_px + 1, math.ceil(options.subcircle_m / recipe.gsd_m) + 1)
+        halo = max(LABEL_HALO_PX, options.fill_holes_px + 1)
         around = Box(tile.row0 - halo, tile.col0 - halo, tile.row1 + halo, tile.col1 + halo).intersect(item.lattice_box)
         assert around is not None, f"{tile} lies outside {item.name}"
         outer = around
-    points = [path if _remote(path) else Path(path) for path in item.points]
-    chm = lidar_to_chm(points, lattice.grid(outer), source.algorithm, options=options).to_numpy()
+    bands = np.full((len(LABEL_BANDS), *tile.shape), np.nan, np.float32)
+    days = None
+    try:
+        layers = lidar_layers(item.points, lattice.grid(outer), source.algorithm, options=options)
+    except NoPointsError:
+        if tile == item.lattice_box:
+            raise
+    else:
+        days = layers.days
+        for band, values in zip(bands, (layers.height_m, layers.density_per_m2, layers.building_fraction), strict=True):
+            if values is not None:
+                band[:] = values[tile.slices_in(outer)]
     path = label_path(work, number, tile)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_raster(path, window(chm, outer, tile)[None], grid=lattice.grid(tile), nodata=math.nan)
+    write_raster(path, bands, grid=lattice.grid(tile), nodata=math.nan, band_names=LABEL_BANDS)
+    first, last = days if days is not None else (None, None)
+    return Label(known_px=int(np.isfinite(bands[0]).sum()), first_day=first, last_day=last)
+
+
+def acquisition_day(labels: Sequence[Label]) -> date | None:
+    """The day in the middle of an acquisition; None where a tile with heights does not know its days.
+
+    Raises:
+        LidarError: the clouds give no height on any tile.
+    """
+    first = [label.first_day for label in labels if label.known_px]
+    last = [label.last_day for label in labels if label.known_px]
+    if None in first or None in last or not first:
+        return None
+    earliest, latest = min(day for day in first if day), max(day for day in last if day)
+    return earliest + (latest - earliest) // 2
 
 
 # --- opening an item -----------------------------------------------------------------------------------------------------
@@ -532,8 +577,16 @@ def open_scene(item: Item, number: int, recipe: TileSetRecipe, work: Path) -> It
             days=imagery.days,
             height_m=_heights_of(item, number, lattice, work, stack),
             unlabelled=tuple(lattice.covering(bounds) for bounds in source.unlabelled_m),
+            beside=(lambda box: _beside(item, number, work, box)) if item.points else None,
             **facts,
         )
+
+
+def _beside(item: Item, number: int, work: Path, box: Box) -> dict[str, NDArray[np.float32]]:
+    names = LABEL_BANDS[1:]
+    layers = dict(zip(names, _from_tiles(item, number, work, box, names), strict=True))
+    # Where no return's class is known nothing is known of buildings, which is not the same as that there are none.
+    return {name: layer for name, layer in layers.items() if np.isfinite(layer).any()}
 
 
 @lru_cache(maxsize=8)
@@ -554,8 +607,7 @@ def _heights_of(
     item: Item, number: int, lattice: Lattice, work: Path, stack: ExitStack
 ) -> Callable[[Box], NDArray[np.float32]]:
     if item.points:
-        tiles = {tile: label_path(work, number, tile) for tile in label_tiles(item)}
-        return lambda box: _from_tiles(tiles, box)
+        return lambda box: _from_tiles(item, number, work, box, LABEL_BANDS[:1])[0]
     if item.heights:
         chm = stack.enter_context(_image_files(item.heights, item.stamps).open(lattice, (1,)))
         return lambda box: heights(chm.read(box))
@@ -564,13 +616,15 @@ def _heights_of(
     return dsm_minus_dtm  # type: ignore[no-any-return]
 
 
-def _from_tiles(tiles: dict[Box, Path], box: Box) -> NDArray[np.float32]:
-    out = np.full(box.shape, np.nan, np.float32)
-    for tile, path in tiles.items():
+def _from_tiles(item: Item, number: int, work: Path, box: Box, names: Sequence[str]) -> NDArray[np.float32]:
+    """(band, row, col) of the rasters made by `make_label`."""
+    out = np.full((len(names), *box.shape), np.nan, np.float32)
+    bands = [LABEL_BANDS.index(name) + 1 for name in names]
+    for tile in label_tiles(item):
         if (part := tile.intersect(box)) is not None:
-            with open_raster(path) as raster:
-                pixels = raster.read(part.row0 - tile.row0, part.col0 - tile.col0, part.shape)
-            out[part.slices_in(box)] = heights(pixels)
+            with open_raster(label_path(work, number, tile)) as raster:
+                pixels = raster.read(part.row0 - tile.row0, part.col0 - tile.col0, part.shape, bands)
+            out[(slice(None), *part.slices_in(box))] = pixels.data
     return out
 
 
