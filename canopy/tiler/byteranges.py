@@ -167,6 +167,16 @@ def without_secrets(href: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def fetch(href: str, *, sign: Sign | None = None, patience: Patience = PATIENCE) -> bytes | None:
+    """A whole file behind HTTP, None where there is none.
+
+    Raises:
+        LidarError: its server refuses or fails for good.
+    """
+    reply = _get(href, None, sign, patience)
+    return None if reply is None else reply.body
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RemoteBytes:
     """A file behind HTTP, read by ranges."""
@@ -229,8 +239,7 @@ class RemoteFolder:
 
     def read(self, file: str) -> bytes | None:
         """See `Folder`."""
-        reply = _get(self._link(file), None, self.sign, self.patience)
-        return None if reply is None else reply.body
+        return fetch(self._link(file), sign=self.sign, patience=self.patience)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 from urllib.parse import urlsplit
 
 from canopy.errors import LidarError
@@ -33,6 +34,7 @@ __all__ = [
     "Bounds",
     "Patience",
     "PointSource",
+    "Points",
     "RawPoints",
     "Sign",
     "crs_of",
@@ -78,26 +80,33 @@ def open_points(source: Path | str, *, sign: Sign | None = None, patience: Patie
     return LasFile.open(path)
 
 
+Points = Path | str | PointSource
+"""One thing that a user may name."""
+
+
 def point_sources(
-    where: Path | str | Sequence[Path | str], *, sign: Sign | None = None, patience: Patience = PATIENCE
+    where: Points | Sequence[Points], *, sign: Sign | None = None, patience: Patience = PATIENCE
 ) -> list[PointSource]:
     """All sources that a user means, in the order given; those of a folder or a pattern by name.
 
     Args:
         where: what `open_points` takes, a folder with LAS, LAZ and COPC files (the folders in it are not searched), a
-            pattern such as `clouds/*.laz`, or several of these.
+            pattern such as `clouds/*.laz`, a source that is open already, or several of these.
         sign: as in `open_points`.
         patience: as in `open_points`.
 
     Raises:
         LidarError: as `open_points`; a folder or pattern without a file.
     """
+    if hasattr(where, "chunks"):
+        return [cast("PointSource", where)]
     if not isinstance(where, str | Path):
+        where = cast("Sequence[Points]", where)
         if not where:
             raise LidarError("no point cloud given; name at least one LAS or LAZ file")
         return [source for one in where for source in point_sources(one, sign=sign, patience=patience)]
     if is_link(where):
-        return [open_points(where, sign=sign, patience=patience)]
+        return [open_points(str(where), sign=sign, patience=patience)]
     path = Path(where)
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.suffix.lower() in (".las", ".laz") and p.is_file())
