@@ -46,3 +46,7 @@ class SourceError(CanopyError):
 
 class ImageryError(CanopyError):
     """Imagery that a service does not deliver, or that is not what its catalogue says."""
+
+
+class AuditError(CanopyError):
+    """A table of chips that cannot be audited."""

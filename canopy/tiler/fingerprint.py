@@ -65,8 +65,8 @@ BITS: Final = FREQUENCIES**2 - 1
 """Signs in a code; the mean of the square is no property of its content."""
 
 BANDS: Final = 4
-BAND_BITS: Final = 14
-"""Codes are compared when they agree in one of the first four groups of 14 bits, and then bit by bit."""
+BAND_BITS: Final = 15
+"""Codes are compared when they agree in one of the four groups of 15 bits, those of the slowest waves, and then bit by bit."""
 
 MAX_BITS: Final = 14
 """Codes that differ in more signs than this are of different blobs."""
