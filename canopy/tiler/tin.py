@@ -24,6 +24,8 @@ _SEED_M = 1.0
 """Cell of the table that tells a point in which triangle to start looking."""
 _INSIDE_M2 = -1e-9
 """Twice the area by which a point may lie outside an edge and still be inside; a thousand times the rounding."""
+_MOST_STEPS = 1000
+"""Triangles that a walk may pass; across a whole tile they are some hundreds, from a seed a few."""
 _HULL, _CROPPED = -1, -2
 
 Bounds = tuple[float, float, float, float]
@@ -134,7 +136,7 @@ class Tin:
     triangles: Indices
     neighbours: Indices
     seeds: Indices
-    """A triangle in or near each cell of the table, rows from the south."""
+    """The triangle at or nearest to the centre of each cell of the table, rows from the south; -2 where it is cropped."""
     seed_cell: float
 
     @classmethod
@@ -144,21 +146,22 @@ class Tin:
         side = right - left
         x, y = x - left, y - bottom
         triangles, neighbours = delaunay(x, y)
-        if triangles.size:
-            keep = _KEEP_M / unit_m
-            u, v = x[triangles], y[triangles]
-            near = (u.max(1) >= -keep) & (u.min(1) <= side + keep) & (v.max(1) >= -keep) & (v.min(1) <= side + keep)
-            number = np.cumsum(near, dtype=np.int32) - 1
-            renamed = np.where(near, number, _CROPPED).astype(np.int32)
-            triangles, neighbours = triangles[near], neighbours[near]
-            neighbours = np.where(neighbours < 0, _HULL, renamed[neighbours]).astype(np.int32)
-            used, places = np.unique(triangles, return_inverse=True)
-            x, y, z, triangles = x[used], y[used], z[used], places.astype(np.int32).reshape(-1, 3)
         cells = max(1, round(side * unit_m / _SEED_M))
         seeds = np.zeros((cells, cells), np.int32)
         if triangles.size:
             _find_seeds(x, y, triangles, neighbours, side / cells, seeds)
-        return cls(tile=tile, x=x, y=y, z=z, triangles=triangles, neighbours=neighbours, seeds=seeds, seed_cell=side / cells)
+            keep = _KEEP_M / unit_m
+            u, v = x[triangles], y[triangles]
+            near = (u.max(1) >= -keep) & (u.min(1) <= side + keep) & (v.max(1) >= -keep) & (v.min(1) <= side + keep)
+            renamed = np.where(near, np.cumsum(near) - 1, _CROPPED).astype(np.int32)
+            seeds = renamed[seeds]
+            triangles, neighbours = triangles[near], neighbours[near]
+            neighbours = np.where(neighbours < 0, _HULL, renamed[neighbours]).astype(np.int32)
+            used, places = np.unique(triangles, return_inverse=True)
+            x, y, z, triangles = x[used], y[used], z[used], places.astype(np.int32).reshape(-1, 3)
+        return cls(
+            tile=tile, x=x, y=y, z=z, triangles=triangles, neighbours=neighbours, seeds=seeds, seed_cell=side / cells
+        )
 
     def under(self, x: Floats, y: Floats) -> Floats:
         """Linear interpolation at places in the tile; NaN outside the hull of the vertices."""
@@ -220,10 +223,11 @@ def _walk(  # noqa: PLR0917 - compiled loops take plain arrays and numbers
     """(triangle that holds a place, or why there is none; last triangle seen).
 
     From a triangle to the neighbour behind the edge that the place lies farthest beyond. In a Delaunay triangulation such
-    a walk visits no triangle twice (Edelsbrunner 1990, Combinatorica 10, 251-260).
+    a walk visits no triangle twice (Edelsbrunner 1990, Combinatorica 10, 251-260). Triangles without area, of which a place
+    on their line is neither in nor out, are the exception: never straight back, and an end after so many steps.
     """
-    t = start
-    for _ in range(triangles.shape[0]):
+    t, last = start, start
+    for _ in range(_MOST_STEPS):
         a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
         e0 = (x[b] - px) * (y[c] - py) - (x[c] - px) * (y[b] - py)
         e1 = (x[c] - px) * (y[a] - py) - (x[a] - px) * (y[c] - py)
@@ -232,9 +236,12 @@ def _walk(  # noqa: PLR0917 - compiled loops take plain arrays and numbers
             return t, t
         behind = 0 if e0 <= e1 and e0 <= e2 else (1 if e1 <= e2 else 2)
         ahead = neighbours[t, behind]
+        if ahead == last and t != start:
+            e0, e1, e2 = (np.inf if behind == 0 else e0), (np.inf if behind == 1 else e1), (np.inf if behind == 2 else e2)
+            ahead = neighbours[t, 0 if e0 <= e1 and e0 <= e2 else (1 if e1 <= e2 else 2)]
         if ahead < 0:
             return ahead, t
-        t = ahead
+        last, t = t, ahead
     return _CROPPED, t
 
 
@@ -269,7 +276,9 @@ def _read(  # noqa: PLR0917 - as above
     rows, cols = seeds.shape
     for i in range(px.size):
         c, r = min(max(int(px[i] / cell), 0), cols - 1), min(max(int(py[i] / cell), 0), rows - 1)
-        t, _ = _walk(px[i], py[i], seeds[r, c], x, y, triangles, neighbours)
+        t = _CROPPED
+        if seeds[r, c] >= 0:
+            t, _ = _walk(px[i], py[i], seeds[r, c], x, y, triangles, neighbours)
         if t == _CROPPED:  # the walk came to the rim of what was kept; the triangle may still be there
             for k in range(triangles.shape[0]):
                 a, b, c = triangles[k, 0], triangles[k, 1], triangles[k, 2]
