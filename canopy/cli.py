@@ -169,6 +169,46 @@ def tile_inspect(
 
 
 @app.command()
+def audit(
+    tile_set: Annotated[
+        Path, typer.Argument(metavar="SET|TRAIN", help="Tile set, or GeoParquet file of the chips that train.")
+    ],
+    test: Annotated[
+        Path | None,
+        typer.Argument(metavar="[TEST]", help="GeoParquet file of the chips that test; none: the set's own splits."),
+    ] = None,
+    buffer: Annotated[
+        float | None, typer.Option(min=0, help="Metres that must lie between splits; default: the recipe's buffer, else 0.")
+    ] = None,
+    *,
+    by_site: Annotated[
+        bool, typer.Option("--by-site", help="The split claims whole sites: shared acquisitions are leaks.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Report to write: .json with all values, else text.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Look for leaks between the splits of a tile set, or between two tables; exit code 3 when there is one.
+
+    Example: canopy audit tiles/autzen
+    """
+    from canopy.tiler.audit import audit as audit_set
+    from canopy.tiler.audit import audit_pair, write_report
+
+    if test is None:
+        report = audit_set(tile_set, buffer_m=buffer, by_site=by_site or None)
+    else:
+        report = audit_pair(tile_set, test, buffer_m=0.0 if buffer is None else buffer, by_site=by_site)
+    if out is not None:
+        write_report(report, out)
+    if as_json:
+        _print_json(report.as_json())
+    else:
+        typer.echo(report.as_text())
+    if not report.clean:
+        raise typer.Exit(3)
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe (TOML), for example models/recipes/sample.toml.")],
     out: Annotated[Path | None, typer.Option(help="Model folder to write; default: the recipe's name in models/.")] = None,

@@ -19,6 +19,7 @@ What could not be checked, because a file or a column is missing, is in the repo
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ from pyproj import CRS, Geod, Transformer
 from pyproj.exceptions import CRSError
 from scipy.spatial import cKDTree
 
-from canopy.errors import AuditError
+from canopy.errors import AuditError, OutputError
 from canopy.raster import open_raster
 from canopy.tiler.chips import DROPPED, INDEX, RECIPE
 from canopy.tiler.fingerprint import fingerprint, near_duplicates
@@ -244,6 +245,24 @@ def audit_pair(train: Path, test: Path, *, buffer_m: float = 0.0, by_site: bool 
         chips[name] = len(frame)
         sides.append(_side(name, frame, table))
     return _compare(sides, AuditSettings(buffer_m=buffer_m, by_site=by_site), audited=(str(train), str(test)), chips=chips)
+
+
+def write_report(report: AuditReport, path: Path) -> Path:
+    """Write all values as JSON (name ending in .json), else the text with up to MOST_EXAMPLES pairs a finding.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    text = json.dumps(report.as_json(), indent=2) if path.suffix == ".json" else report.as_text(MOST_EXAMPLES)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path} ({error.strerror}); choose another place with --out") from error
+    return path
 
 
 def _rank(split: str) -> tuple[float, str]:
