@@ -2,6 +2,7 @@
 
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from rasterio.windows import Window
 
 from canopy.errors import RasterError
 from canopy.grid import Grid
-from canopy.raster import Pixels, create_raster, open_raster, read_raster, warp, write_raster
+from canopy.raster import Pixels, RasterPool, create_raster, open_raster, read_raster, warp, write_raster
 
 UTM = CRS.from_epsg(32610)
 
@@ -466,3 +467,129 @@ def test_a_cubic_kernel_does_not_wrap_around():
     assert (out.data[0, 5:-5, 5:15] == 0).all()
     assert (out.data[0, 5:-5, 25:35] == 255).all()
     assert (np.diff(out.data[0, 20, 5:-5].astype(int)) >= 0).all()
+
+
+# --- alpha, sidecars, damage that a header shows, many files ---------------------------------------------------------------
+
+
+def test_alpha_is_no_mask_where_it_is_data(tmp_path):
+    data = noise(4, 40, 50)
+    data[3, 5:9] = 0
+    path = plain(tmp_path / "a.tif", data, alpha=True, photometric="rgb")
+    usable = data[3] > 0
+    with open_raster(path) as raster:
+        assert raster.alpha_band == 4
+        np.testing.assert_array_equal(raster.read(0, 0, (40, 50)).valid, usable)
+        assert raster.read(0, 0, (40, 50), alpha_is_mask=False).valid.all()
+        for bands in ((4,), (1, 4)):  # asked for, it is data
+            pixels = raster.read(0, 0, (40, 50), bands)
+            assert pixels.valid.all()
+            np.testing.assert_array_equal(pixels.data, data[[b - 1 for b in bands]])
+
+
+def test_alpha_hides_beside_a_nodata_value(tmp_path):
+    """GDAL's own mask forgets the alpha band of a file that declares a nodata value as well."""
+    data = noise(4, 40, 50)
+    data[3], data[:3, 20:30] = np.where(np.arange(50) < 10, 0, 255), 255
+    path = plain(tmp_path / "a.tif", data, alpha=True, photometric="rgb", nodata=255)
+    with open_raster(path) as raster:
+        valid = raster.read(0, 0, (40, 50)).valid
+    np.testing.assert_array_equal(valid, (data[:3] != 255).any(axis=0) & (data[3] > 0))
+
+
+@pytest.mark.parametrize("layout", [{}, {"tiled": True, "blockxsize": 64, "blockysize": 64}])
+def test_a_sample_of_alpha_reaches_from_corner_to_corner(tmp_path, layout):
+    data = np.zeros((4, 700, 900), np.uint8)
+    for number, place in enumerate([(0, 0), (0, 899), (699, 0), (699, 899)], start=1):
+        data[(3, *place)] = number
+    with open_raster(plain(tmp_path / "a.tif", data, alpha=True, photometric="rgb", **layout)) as raster:
+        sample = raster.alpha_sample()
+    assert set(sample) == {0, 1, 2, 3, 4}
+    assert sample.size < 0.5 * data[3].size
+    with open_raster(plain(tmp_path / "b.tif", data)) as raster:
+        assert raster.alpha_sample().size == 0
+
+
+def test_the_crs_of_a_sidecar(tmp_path):
+    path = jpeg(tmp_path / "a.jpg")
+    for name, wkt in (("a.prj", "WKT1_ESRI"), ("a.PRJ", "WKT2_2019")):
+        (tmp_path / name).write_text(UTM.to_wkt(wkt) + "\n")
+        with open_raster(path) as raster:
+            assert raster.grid.crs == UTM
+            assert raster.grid.crs.to_epsg() == 32610
+        (tmp_path / name).unlink()
+    (tmp_path / "a.prj").write_bytes(b"\xff\xfe\x00")
+    with open_raster(path) as raster, pytest.raises(RasterError, match="no CRS that PROJ can read") as error:
+        _ = raster.grid
+    one_line(error)
+
+
+def test_a_file_s_own_crs_counts_more_than_a_sidecar(tmp_path):
+    path = plain(tmp_path / "a.tif", noise(1, 9, 9))
+    path.with_suffix(".prj").write_text(CRS.from_epsg(2154).to_wkt())
+    with open_raster(path) as raster:
+        assert raster.grid.crs == UTM
+
+
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+@pytest.mark.parametrize("missing", [0, 1, 3000])
+def test_a_tiff_that_ends_too_early_is_told_by_its_header(tmp_path, interleave, missing):
+    data = noise(3, 200, 200)
+    path = plain(tmp_path / "a.tif", data, interleave=interleave, tiled=True, blockxsize=64, blockysize=64)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - missing])
+    with open_raster(path) as raster:
+        if not missing:
+            raster.check_complete()
+            return
+        with pytest.raises(RasterError, match="cut short") as error:
+            raster.check_complete()
+        one_line(error)
+
+
+def test_a_sparse_tiff_is_complete(tmp_path):
+    """Blocks that were never written have no place in the file."""
+    blocks = {"tiled": True, "blockxsize": 64, "blockysize": 64, "SPARSE_OK": "YES"}
+    path = plain(tmp_path / "a.tif", np.zeros((1, 200, 200), np.uint8), **blocks)
+    with open_raster(path) as raster:
+        raster.check_complete()
+
+
+def test_a_pool_keeps_few_files_open(tmp_path):
+    paths = [plain(tmp_path / f"{n}.tif", noise(1, 9, 9, seed=n)) for n in range(5)]
+    with RasterPool(3) as pool:
+        first = pool.get(paths[0])
+        assert pool.get(paths[0]) is first
+        for path in paths[1:3]:
+            pool.get(path)
+        pool.get(paths[0])  # now the last used
+        others = [pool.get(path) for path in paths[3:]]
+        assert pool.get(paths[0]) is first
+        assert [raster._dataset.closed for raster in (first, *others)] == [False, False, False]
+        again = pool.get(paths[1])
+        np.testing.assert_array_equal(again.read(0, 0, (9, 9)).data, noise(1, 9, 9, seed=1))
+        assert others[0]._dataset.closed, "the one that was used longest ago makes place"
+    assert all(raster._dataset.closed for raster in (first, again, *others))
+
+
+def test_a_pool_says_what_cannot_be_opened_and_goes_on(tmp_path):
+    path = plain(tmp_path / "a.tif", noise(1, 9, 9))
+    with RasterPool(2) as pool:
+        with pytest.raises(RasterError, match="does not exist"):
+            pool.get(tmp_path / "b.tif")
+        assert pool.get(path).shape == (9, 9)
+
+
+def test_a_truncated_jpeg_opened_and_read_in_another_thread(tmp_path):
+    """GDAL's options belong to a thread; without them the missing rows would come back grey."""
+    path = jpeg(tmp_path / "a.jpg")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    def opened():
+        pool = RasterPool(1)
+        return pool.get(path)
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        raster = one.submit(opened).result()
+        with pytest.raises(RasterError, match="fetch it again"):
+            other.submit(raster.read, 150, 0, (50, 200)).result()
+        raster.close()

@@ -1,6 +1,9 @@
 """`map_region` on a small image with a model of random weights: which pixels come out, and what decides them."""
 
+import itertools
 import json
+import shutil
+from datetime import UTC, datetime
 
 import geopandas
 import numpy as np
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyproj import CRS, Transformer
 
-from canopy.errors import AreaError, CanopyError, OutputError
+from canopy.errors import AreaError, CanopyError, ContractError, OutputError
 from canopy.grid import Box, Grid, Lattice
 from canopy.model.package import load_model
 from canopy.raster import read_raster, write_raster
@@ -168,6 +171,115 @@ def test_the_same_run_gives_the_same_bytes(image, tiny_model, whole, tmp_path):
     again = map_region(imagery=image, model=tiny_model, out=tmp_path / "out")
     assert again.height.read_bytes() == whole.height.read_bytes()
     assert again.error.read_bytes() == whole.error.read_bytes()
+
+
+# --- many files ----------------------------------------------------------------------------------------------------------
+
+
+def cut(folder, image, rows, cols):
+    """The parts of an image between the given rows and columns, each a file."""
+    pixels, grid = read_raster(image)
+    folder.mkdir()
+    for r0, r1 in itertools.pairwise([0, *rows, grid.shape[0]]):
+        for c0, c1 in itertools.pairwise([0, *cols, grid.shape[1]]):
+            write_raster(
+                folder / f"r{r0:03d}c{c0:03d}.tif", pixels.data[:, r0:r1, c0:c1],
+                grid=grid.crop(r0, c0, (r1 - r0, c1 - c0)), valid=pixels.valid[r0:r1, c0:c1],
+            )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(image, tmp_path_factory):
+    return cut(tmp_path_factory.mktemp("parts") / "tiles", image, (31, 32, 101), (17, 120))
+
+
+@pytest.mark.parametrize("sheet_px", [None, 64])
+def test_a_cut_image_gives_the_map_of_the_image(parts, tiny_model, whole, tmp_path, sheet_px):
+    options = {} if sheet_px is None else {"sheet_px": sheet_px}
+    result = map_region(imagery=parts, model=tiny_model, out=tmp_path / "out", **options)
+    for one, all_ in zip(bands(result), bands(whole), strict=True):
+        np.testing.assert_array_equal(one, all_)
+
+
+def test_a_resampled_cut_image_gives_the_map_of_the_image(image, parts, tiny_model, tmp_path):
+    maps = [
+        bands(map_region(imagery=source, model=tiny_model, out=tmp_path / str(n), gsd_m=0.7, crs="EPSG:32611"))
+        for n, source in enumerate((image, str(parts / "*.tif")))
+    ]
+    for one, all_ in zip(*maps, strict=True):
+        np.testing.assert_array_equal(one, all_)
+
+
+@pytest.fixture(scope="module")
+def mixed(image, parts, tmp_path_factory):
+    """The parts, the two in the north-east corner in the next zone and coarser, and a dated photo over two others."""
+    folder = tmp_path_factory.mktemp("mixed") / "tiles"
+    shutil.copytree(parts, folder)
+    zone = Lattice(crs=CRS.from_epsg(32611), gsd_m=0.75)
+    with open_imagery(image, zone) as whole:
+        for name in ("r000c120.tif", "r032c120.tif"):
+            with open_imagery(folder / name, zone) as source:  # with an overlap: the zones' pixels leave gaps otherwise
+                box = Box(source.box.row0 - 2, source.box.col0 - 2, source.box.row1 + 2, source.box.col1 + 2)
+            pixels = whole.read(box)
+            write_raster(folder / name, pixels.data, grid=zone.grid(box), valid=pixels.valid)
+    left, top = (BOX.col0 + 100) * 0.6 + 0.2, -(BOX.row0 + 110) * 0.6 + 0.1
+    photo(folder / "newer.tif", Grid(crs=UTM, transform=rasterio.Affine(0.6, 0, left, 0, -0.6, top), shape=(50, 60)), seed=4)
+    with rasterio.open(folder / "newer.tif", "r+") as dataset:
+        dataset.update_tags(ACQUISITION_DATE="2020-05-05")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed_map(mixed, tiny_model, tmp_path_factory):
+    return map_region(imagery=mixed, model=tiny_model, out=tmp_path_factory.mktemp("mixed_map") / "out")
+
+
+def test_files_of_two_crss_and_three_grids_are_one_map(mixed, mixed_map, whole):
+    """Far from the new files the map is that of the uncut image. What was resampled twice lost some edge of its holes."""
+    found, box = bands(mixed_map)
+    wanted, _ = bands(whole)
+    place = BOX.slices_in(box)
+    found = found[(slice(None), *place)]
+    assert np.isfinite(found[0])[np.isfinite(wanted[0])].mean() > 0.995
+    # No window of 64 px that reaches a column left of 36 sees the photo, from column 100, or the other zone, from 117.
+    np.testing.assert_array_equal(found[:, :, :36], wanted[:, :, :36])
+    assert np.isfinite(wanted[0, :, :36]).any()
+    assert (found[0] != wanted[0])[110:160, 100:160].mean() > 0.5
+
+
+@pytest.mark.parametrize("sheet_px", [50, 111])
+def test_sheets_change_no_bit_of_a_mixed_folder(mixed, mixed_map, tiny_model, tmp_path, sheet_px):
+    result = map_region(imagery=mixed, model=tiny_model, out=tmp_path / "out", sheet_px=sheet_px)
+    for one, all_ in zip(bands(result), bands(mixed_map), strict=True):
+        np.testing.assert_array_equal(one, all_)
+
+
+def test_an_area_changes_no_bit_of_a_mixed_folder(mixed, mixed_map, tiny_model, tmp_path):
+    area = area_file(tmp_path / "area.gpkg", [square(INNER)])
+    found, box = bands(map_region(area, imagery=mixed, model=tiny_model, out=tmp_path / "out", sheet_px=60))
+    wanted, outer = bands(mixed_map)
+    assert box == INNER
+    np.testing.assert_array_equal(found, wanted[(slice(None), *box.slices_in(outer))])
+
+
+def test_a_run_names_every_file(mixed, mixed_map):
+    record = json.loads(mixed_map.run.read_text())["imagery"]
+    assert record["source"] == str(mixed)
+    assert {file["path"]: file["bytes"] for file in record["files"]} == {
+        str(path): path.stat().st_size for path in mixed.iterdir()
+    }
+    assert all(datetime.fromisoformat(file["modified"]).tzinfo == UTC for file in record["files"])
+    assert (record["alpha"], record["resampling"]) == ("none", "bilinear")
+
+
+def test_one_file_too_coarse_for_the_model_is_named(parts, tiny_model, tmp_path):
+    folder = tmp_path / "tiles"
+    shutil.copytree(parts, folder)
+    left, top = BOX.col0 * 0.6, -BOX.row0 * 0.6
+    photo(folder / "coarse.tif", Grid(crs=UTM, transform=rasterio.Affine(9, 0, left, 0, -9, top), shape=(20, 20)))
+    with pytest.raises(ContractError, match=r"coarse\.tif has a GSD of 9 m"):
+        map_region(imagery=folder, model=tiny_model, out=tmp_path / "out")
 
 
 # --- areas of interest ---------------------------------------------------------------------------------------------------

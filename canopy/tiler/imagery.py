@@ -58,8 +58,8 @@ MASK_TONES_PERCENT = 10
 MASK_TONES = 16
 """... or when it has no more different values than these: an evenly translucent layer."""
 
-_PHASE_STEPS = 1 << 16
-"""Files are of one pixel grid when their phases agree to this part of a pixel; thousands of times what floats round."""
+_PHASE_STEPS = 1 << 20
+"""Files are of one pixel grid when their phases agree to a millionth of a pixel: hundreds of times what floats round."""
 
 _EDGE_STEPS = 16
 """Points per tile edge that are carried into the image's CRS to find what the tile needs of it."""
@@ -133,7 +133,7 @@ class ImageFile:
     path: Path
     grid: Grid
     """Its pixels. The pixel size is the round number that was meant when that moves no pixel by more than
-    `SNAP_TOLERANCE_PX`, and the phase is rounded to 1/65536 px: files cut from one image then agree to the last bit."""
+    `SNAP_TOLERANCE_PX`, and the phase is rounded to 2^-20 px: files cut from one image then agree to the last bit."""
     pixel_grid: PixelGrid
     """Equal for files whose pixels are those of one larger grid."""
     origin_px: tuple[int, int]
@@ -169,7 +169,7 @@ class PixelGrid(NamedTuple):
     d: float
     e: float
     col_phase: int
-    """Where the CRS's origin lies in its pixel, along the columns, in parts of 1/65536."""
+    """Where the CRS's origin lies in its pixel, along the columns, in parts of 2^-20."""
     row_phase: int
 
     @property
