@@ -1,6 +1,8 @@
 """Splits: stable, seeded, and with nothing of one split within the buffer of another."""
 
+import hashlib
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from pydantic import ValidationError
 from pyproj import CRS, Transformer
 
 from canopy.errors import RecipeError
-from canopy.tiler.split import Place, SplitSettings, assign, block_of, crs_key, draw_split, take_out_buffer
+from canopy.tiler.split import Place, SplitSettings, assign, block_of, crs_key, draw_split, site_folds, take_out_buffer
 
 UTM17 = CRS.from_epsg(32617)
 UTM18 = CRS.from_epsg(32618)
@@ -178,3 +180,193 @@ def test_a_group_pulled_apart_by_its_sites_is_refused():
 def test_impossible_settings_are_refused(changes):
     with pytest.raises(ValidationError):
         settings(**changes)
+
+
+# --- whole sites, in folds
+
+
+def site_places(names, per_site=3):
+    return [
+        place(f"{name}{i}", 500_000.0 + 10_000 * n + 100 * i, 4_000_000.0, site=name)
+        for n, name in enumerate(names)
+        for i in range(per_site)
+    ]
+
+
+def folds(k, n=4, **changes):
+    return SplitSettings(
+        **{"seed": 1, "block_m": 200, "buffer_m": 30, "method": "site-folds", "folds": n, "fold": k} | changes
+    )
+
+
+@given(st.integers(3, 30), st.integers(3, 8), st.integers(0, 1000))
+def test_folds_partition_the_sites(count, n, seed):
+    names = [f"S{i}" for i in range(max(count, n))]
+    places = site_places(names)
+    tested, validated = [], []
+    for k in range(1, n + 1):
+        splits = [split for _, split in assign(places, folds(k, n, seed=seed))]
+        by_site = {name: {s for p, s in zip(places, splits, strict=True) if p.site == name} for name in names}
+        assert all(len(found) == 1 for found in by_site.values())  # sites stay whole
+        tested += [name for name, found in by_site.items() if found == {"test"}]
+        validated += [name for name, found in by_site.items() if found == {"val"}]
+        assert {s for found in by_site.values() for s in found} == {"train", "val", "test"}
+    assert sorted(tested) == sorted(names)  # every site tests once
+    assert sorted(validated) == sorted(names)
+
+
+@given(st.integers(3, 40), st.integers(3, 8), st.integers(0, 1000))
+def test_folds_differ_by_one_site_at_most(count, n, seed):
+    units = [(f"S{i}",) for i in range(max(count, n))]
+    sizes = Counter(site_folds(units, folds(1, n, seed=seed)).values())
+    assert len(sizes) == n
+    assert max(sizes.values()) - min(sizes.values()) <= 1
+
+
+def test_a_new_site_displaces_few_others():
+    """Dealing the sites in the order of their hashes is the control: it is as balanced, and a new site shifts half of it."""
+
+    def in_turn(units, seed):
+        order = sorted(units, key=lambda unit: hashlib.sha256(f"{seed}:{unit[0]}".encode()).digest())
+        return {unit[0]: i % 5 for i, unit in enumerate(order)}
+
+    units = [(f"S{i}",) for i in range(24)]
+    moved, control = [], []
+    for seed in range(40):
+        chosen = folds(1, 5, seed=seed)
+        for store, draw in ((moved, lambda u: site_folds(u, chosen)), (control, lambda u: in_turn(u, seed))):  # noqa: B023
+            before, after = draw(units), draw([*units, ("NEW",)])
+            store.append(np.mean([before[unit[0]] != after[unit[0]] for unit in units]))
+    assert np.mean(moved) < 0.2
+    assert np.mean(control) > 0.3
+
+
+def test_sites_of_a_group_share_a_fold():
+    places = site_places([f"S{i}" for i in range(9)])
+    units = [(f"S{i}",) for i in range(9)]
+    alone = site_folds(units, folds(1))
+    other = next(name for name in alone if alone[name] != alone["S0"])  # negative control: drawn apart
+    for k in range(1, 5):
+        splits = dict(zip([p.site for p in places], assign(places, folds(k, groups=[["S00", f"{other}1"]])), strict=True))
+        assert splits["S0"][1] == splits[other][1]
+
+
+def test_a_named_site_leaves_the_folds():
+    places = site_places([f"S{i}" for i in range(6)])
+    for k in range(1, 5):
+        splits = {p.site: s for p, (_, s) in zip(places, assign(places, folds(k, sites={"train": ["S2"]})), strict=True)}
+        assert splits["S2"] == "train"
+
+
+def test_too_few_sites_for_the_folds_are_refused():
+    with pytest.raises(RecipeError, match="2 sites that may be parted make no 4 folds"):
+        assign(site_places("AB"), folds(1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fold": 0},
+        {"fold": 5},
+        {"folds": 2, "fold": 1},
+        {"train": 1.0},
+        {"blocks": {"test": ["EPSG:32617/0/0"]}},
+        {"method": "hash"},
+        {"method": "random"},
+        {"class_limits_m": (3.0, 3.0)},
+    ],
+)
+def test_impossible_folds_are_refused(changes):
+    with pytest.raises(ValidationError):
+        folds(**{"k": 1} | ({"k": changes.pop("fold")} if "fold" in changes else {}), **changes)
+
+
+# --- blocks, balanced by height
+
+
+def tall_and_low(seed, count=300):
+    """Chips of which few are tall, neighbours alike: where chance hurts."""
+    rng = np.random.default_rng(seed)
+    stands_m = rng.gamma(1.5, 8.0, (count // 5,))
+    return [
+        replace(place(f"c{i}", 500_000.0 + 60 * i, 4_000_000.0, side=20.0), height_p95_m=float(stands_m[i // 5]))
+        for i in range(count)
+    ]
+
+
+def imbalance(places, splits, limits_m=(2.0, 10.0, 20.0, 30.0)):
+    """Largest difference between a split's share of a height class and its share of the recipe, over classes and splits."""
+    classes = np.digitize([p.height_p95_m for p in places], limits_m)
+    wanted = {"train": 0.6, "val": 0.2, "test": 0.2}
+    return max(
+        abs(np.mean([s == split for s, c in zip(splits, classes, strict=True) if c == kind]) - share)
+        for kind in set(classes)
+        for split, share in wanted.items()
+    )
+
+
+def test_stratified_splits_are_better_balanced_than_hashed_ones():
+    hashed, dealt = [], []
+    for seed in range(10):
+        places = tall_and_low(seed)
+        for store, method in ((hashed, "hash"), (dealt, "stratified")):
+            splits = [s for _, s in assign(places, settings(seed=seed, method=method))]
+            store.append(imbalance(places, splits))
+    assert np.mean(dealt) < 0.5 * np.mean(hashed)  # the hash is the control
+    assert all(a <= b for a, b in zip(dealt, hashed, strict=True))
+
+
+@given(many_places(), st.integers(0, 1000), st.integers(0, 200), st.data())
+def test_stratified_splits_keep_blocks_and_buffers(places, seed, buffer_m, data):
+    heights = data.draw(st.lists(st.floats(0, 60), min_size=len(places), max_size=len(places)))
+    places = [replace(p, height_p95_m=h) for p, h in zip(places, heights, strict=True)]
+    chosen = settings(seed=seed, buffer_m=buffer_m, method="stratified")
+    assigned = assign(places, chosen)
+    assert assigned == assign(places, chosen)
+    assert assign(places[::-1], chosen) == assigned[::-1]  # the order of the chips does not matter
+    by_block = {}
+    for block, split in assigned:
+        assert by_block.setdefault(block, split) == split
+    assert not leaks(places, take_out_buffer(places, [s for _, s in assigned], buffer_m), buffer_m)
+
+
+def test_stratified_splits_keep_groups_and_names():
+    places = tall_and_low(3)
+    blocks = [block for block, _ in assign(places, settings())]
+    chosen = settings(
+        method="stratified", groups=[["c0", "c150"], ["c150", "c280"]], blocks={"test": [blocks[20]]}, sites={"val": []}
+    )
+    assigned = assign(places, chosen)
+    assert len({assigned[i] for i in (0, 150, 280)}) == 1
+    assert len({blocks[i] for i in (0, 150, 280)}) == 3  # negative control: three blocks without the groups
+    assert assigned[20][1] == "test"
+
+
+def test_a_split_without_a_share_gets_nothing():
+    splits = Counter(s for _, s in assign(tall_and_low(1), settings(method="stratified", train=0.8, val=0.0)))
+    assert splits["val"] == 0
+    assert splits["test"] > 0
+
+
+def test_a_chip_without_height_cannot_be_stratified():
+    with pytest.raises(RecipeError, match="'c0' has no 95th percentile"):
+        assign([place("c0", 0.0, 0.0)], settings(method="stratified"))
+
+
+def test_hashed_splits_stay_what_they_were():
+    """The draw is part of every published tile set."""
+    blocks = [f"EPSG:32617/{i}/0" for i in range(12)]
+    assert [draw_split(block, settings(seed=3))[:2] for block in blocks] == [
+        "te",
+        "va",
+        "tr",
+        "tr",
+        "va",
+        "tr",
+        "va",
+        "te",
+        "tr",
+        "te",
+        "tr",
+        "te",
+    ]
