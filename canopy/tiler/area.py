@@ -58,8 +58,6 @@ class Area:
         Raises:
             AreaError: the area reaches outside the domain of `crs`, or a polygon is not valid there.
         """
-        import shapely
-
         parts = self.polygons
         if parts.crs.is_geographic:
             # A straight line in degrees is a curve in metres: between points 0.001 degrees apart the two differ by
@@ -70,10 +68,7 @@ class Area:
             raise AreaError(
                 f"the area of interest {self.name} reaches outside the domain of {crs.name!r}; choose another --crs"
             )
-        invalid = ~projected.is_valid
-        if invalid.any():
-            reason = shapely.is_valid_reason(projected[invalid].iloc[0])
-            raise AreaError(f"the area of interest {self.name} has an invalid polygon ({reason}); repair its geometry first")
+        _check_valid(self.name, projected)
         return projected
 
     def polygon_in(self, crs: CRS) -> BaseGeometry:
@@ -227,6 +222,8 @@ def _checked(name: str, series: geopandas.GeoSeries) -> Area:
     others = parts[parts.geom_type != "Polygon"]
     if not others.empty:
         raise AreaError(f"the area of interest {name} holds a {others.geom_type.iloc[0]}; give polygons only")
+    # As given: points added along the edges can hide where an edge crosses another.
+    _check_valid(name, parts)
     west, south, east, north = parts.to_crs("EPSG:4326").total_bounds
     # A CRS of longitudes may count from 0 to 360; what it places beyond 180 is still on Earth.
     if not (-360 <= west <= east <= 360 and -90 <= south <= north <= 90):
@@ -240,6 +237,15 @@ def _checked(name: str, series: geopandas.GeoSeries) -> Area:
             f"longitude 180 and give the parts one by one"
         )
     return Area(name=name, polygons=parts)
+
+
+def _check_valid(name: str, polygons: geopandas.GeoSeries) -> None:
+    import shapely
+
+    invalid = ~polygons.is_valid
+    if invalid.any():
+        reason = shapely.is_valid_reason(polygons[invalid].iloc[0])
+        raise AreaError(f"the area of interest {name} has an invalid polygon ({reason}); repair its geometry first")
 
 
 def area_mask(polygons: geopandas.GeoSeries | None, lattice: Lattice, box: Box) -> NDArray[np.bool_]:
