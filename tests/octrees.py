@@ -62,6 +62,7 @@ def write_copc(path, cloud, *, span=32, leaf=500, page_level=None, late_wkt=Fals
     header = laspy.LasHeader(version="1.4", point_format=cloud.header.point_format.id)
     header.scales, header.offsets = cloud.header.scales, cloud.header.offsets
     header.global_encoding.wkt = True
+    header.global_encoding.gps_time_type = cloud.header.global_encoding.gps_time_type
     vlr = lazrs.LazVlr.new_for_compression(header.point_format.id, 0, use_variable_size_chunks=True)
     info = struct.pack("<3d2d2Q2d88x", *(low + side / 2), side / 2, side / span, 0, 0, 0.0, 0.0)
     header.vlrs.append(laspy.VLR(user_id="copc", record_id=1, description="COPC info", record_data=info))
@@ -140,7 +141,7 @@ def write_ept(folder, cloud, *, span=32, leaf=500, page_level=None, binary=False
             for name, values in zip(
                 record.dtype.names,
                 (cloud.X, cloud.Y, cloud.Z, cloud.return_number, cloud.number_of_returns, cloud.classification,
-                 np.asarray(cloud.withheld, np.uint8) << 2),
+                 np.asarray(cloud.withheld, np.uint8) << 2 | np.asarray(cloud.overlap, np.uint8) << 3),
                 strict=True,
             ):  # fmt: skip
                 record[name] = np.asarray(values)[index]
@@ -148,6 +149,7 @@ def write_ept(folder, cloud, *, span=32, leaf=500, page_level=None, binary=False
         else:
             part = laspy.LasData(laspy.LasHeader(version="1.4", point_format=cloud.header.point_format.id))
             part.header.scales, part.header.offsets = cloud.header.scales, cloud.header.offsets
+            part.header.global_encoding.gps_time_type = cloud.header.global_encoding.gps_time_type
             part.points = laspy.ScaleAwarePointRecord(
                 cloud.points.array[index], cloud.points.point_format, cloud.header.scales, cloud.header.offsets
             )

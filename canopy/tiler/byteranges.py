@@ -29,6 +29,11 @@ _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Answers that another try may change."""
 _READ_BYTES = 1 << 16
 
+
+class RefusedError(LidarError):
+    """A server that knows the file and does not give it, or, as S3 does where listing is not open, one that lacks it."""
+
+
 _J = TypeVar("_J")
 _R = TypeVar("_R")
 
@@ -313,8 +318,8 @@ def _reply(response: requests.Response, span: tuple[int, int] | None, name: str,
     if status in {404, 410}:
         return None
     if status in {401, 403}:
-        remedy = "the signature is not accepted" if signed else "sign the link or ask for access"
-        raise LidarError(f"{name} is refused (HTTP {status}); {remedy}")
+        remedy = "check the source's signing" if signed else "check the link, or sign it"
+        raise RefusedError(f"{name} is not there or not for everybody (HTTP {status}); {remedy}")
     if span is None:
         if status != 200:
             raise LidarError(f"{name} cannot be fetched (HTTP {status}); check the link")
@@ -326,6 +331,8 @@ def _reply(response: requests.Response, span: tuple[int, int] | None, name: str,
         raise LidarError(f"{name} has no bytes from {span[0]} on (HTTP 416); fetch it again or check the link")
     if status != 206:
         raise LidarError(f"{name} cannot be fetched (HTTP {status}); check the link")
+    if _is_encoded(response):
+        raise LidarError(f"{name}: its server compresses on the way, so ranges mean nothing; download it and give the file")
     told = response.headers.get("Content-Range", "")
     try:
         place, total = told.removeprefix("bytes ").split("/")
@@ -343,7 +350,11 @@ def _body(response: requests.Response, size: int | None) -> bytes:
     """The body, of the length that is known from elsewhere or from its header."""
     import requests
 
-    promised = size if size is not None else int(response.headers.get("Content-Length", -1))
+    promised = -1
+    if size is not None:
+        promised = size
+    elif not _is_encoded(response):  # else the length is that of the compressed body, which requests has decoded
+        promised = int(response.headers.get("Content-Length", -1))
     parts: list[bytes] = []
     got = 0
     try:
@@ -357,6 +368,11 @@ def _body(response: requests.Response, size: int | None) -> bytes:
     if promised >= 0 and got != promised:
         raise _AgainError(f"{got} of {promised} bytes")
     return b"".join(parts)
+
+
+def _is_encoded(response: requests.Response) -> bool:
+    """Whether the body is compressed, though we asked for it as it is; objects stored so are sent so."""
+    return response.headers.get("Content-Encoding", "identity") not in {"", "identity"}
 
 
 def _told(error: Exception) -> str:

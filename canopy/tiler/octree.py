@@ -15,7 +15,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -26,7 +26,7 @@ from pyproj import CRS
 from pyproj.exceptions import CRSError
 
 from canopy.errors import LidarError
-from canopy.tiler.byteranges import Bytes, Folder, ahead
+from canopy.tiler.byteranges import Bytes, Folder, RefusedError, ahead
 from canopy.tiler.las import (
     CHUNK_POINTS,
     Bounds,
@@ -37,6 +37,7 @@ from canopy.tiler.las import (
     checked,
     clipped,
     first_line,
+    has_standard_time,
     header_bounds,
     header_crs,
     header_z_unit_m,
@@ -109,18 +110,23 @@ def _regrouped(pieces: Iterator[RawPoints], chunk_points: int) -> Iterator[RawPo
         yield _joined(waiting)
 
 
-_ARRAYS = ("x", "y", "z", "classification", "return_number", "number_of_returns", "withheld")
+_ARRAYS = tuple(f.name for f in fields(RawPoints) if f.name != "decoded")
 
 
 def _joined(pieces: Sequence[RawPoints]) -> RawPoints:
     if len(pieces) == 1:
         return pieces[0]
-    arrays = {name: np.concatenate([getattr(p, name) for p in pieces]) for name in _ARRAYS}
+    arrays: dict[str, Any] = {}
+    for name in _ARRAYS:
+        parts = [getattr(p, name) for p in pieces]
+        # What one of the pieces does not know is not known of the whole.
+        arrays[name] = None if any(part is None for part in parts) else np.concatenate(parts)
     return RawPoints(**arrays, decoded=sum(p.decoded for p in pieces))
 
 
 def _part(points: RawPoints, where: slice, left_out: int) -> RawPoints:
-    arrays = {name: getattr(points, name)[where] for name in _ARRAYS}
+    values = {name: getattr(points, name) for name in _ARRAYS}
+    arrays: dict[str, Any] = {name: None if array is None else array[where] for name, array in values.items()}
     return RawPoints(**arrays, decoded=arrays["x"].size + left_out)
 
 
@@ -225,20 +231,27 @@ class CopcFile:
     def nodes(self, bounds: Bounds | None = None, spacing: float | None = None) -> NDArray[Any]:
         """The nodes with points that are needed, `_ENTRY`s in the order of the file."""
         levels = self.cube.levels(spacing)
-        found, pages, seen = [], [self.root], set()
-        while pages:
-            page = pages.pop()
+        found: list[NDArray[Any]] = []
+        seen: set[int] = set()
+
+        def kept(page: NDArray[Any]) -> list[tuple[int, int]]:
+            """Take the nodes of a page; where those pages are that go on from it."""
             key = np.stack([page["level"], page["x"], page["y"]], axis=1).astype(np.int64)
             if key[:, 0].min(initial=0) < 0 or key[:, 0].max(initial=0) > MAX_LEVEL:
                 raise LidarError(f"{self.name}: its hierarchy has a node of level {key[:, 0].max()}; fetch it again")
             page = page[(page["level"] < levels) & self.cube.touched(key, bounds)]
             found.append(page[page["count"] > 0])
-            for entry in page[page["count"] == -1]:
-                place = int(entry["offset"])
-                if place in seen:
-                    raise LidarError(f"{self.name}: its hierarchy leads in a circle at byte {place}; fetch it again")
-                seen.add(place)
-                pages.append(_page(self.file, place, int(entry["size"])))
+            further = page[page["count"] == -1]
+            places = further["offset"].tolist()
+            if len(set(places)) < len(places) or not seen.isdisjoint(places):
+                raise LidarError(f"{self.name}: its hierarchy leads in a circle; fetch it again")
+            seen.update(places)
+            return list(zip(places, further["size"].tolist(), strict=True))
+
+        pages = kept(self.root)
+        while pages:
+            arrive = ahead(pages, lambda page: _page(self.file, *page), self.file.connections)
+            pages = [further for page in arrive for further in kept(page)]
         nodes = np.concatenate(found)
         nodes = nodes[np.argsort(nodes["offset"], kind="stable")]
         ends = nodes["offset"].astype(np.int64) + nodes["size"]
@@ -286,8 +299,8 @@ class CopcFile:
             compressed.append(memoryview(data)[place - start : place - start + size])
             table.append((int(entry["count"]), size))
         count = sum(n for n, _ in table)
-        points = np.empty(count * self.header.point_format.size, np.uint8)
         try:
+            points = np.empty(count * self.header.point_format.size, np.uint8)
             lazrs.decompress_points_with_chunk_table(
                 b"".join(compressed), self.laszip, points, table, wanted_fields().to_lazrs()
             )
@@ -297,7 +310,8 @@ class CopcFile:
                 f"{self.name}: the {count} points in bytes {spans[0][0]} to {spans[-1][1] - 1} cannot be decoded "
                 f"({first_line(error)}); fetch it again"
             ) from error
-        return points_within(record, self.header.scales, self.header.offsets, bounds)
+        standard_time = has_standard_time(self.header)
+        return points_within(record, self.header.scales, self.header.offsets, bounds, standard_time=standard_time)
 
 
 def _page(file: Bytes, place: int, size: int) -> NDArray[Any]:
@@ -474,10 +488,9 @@ class EptFolder:
 
     def _sources(self) -> Iterator[Any]:
         """Metadata of the files that the EPT was made of; none where they are not kept or are too many to ask."""
-        listed = _json(self.folder, "ept-sources/manifest.json")  # version 1.1
-        link = "metadataPath"
+        listed, link = self._optional("ept-sources/manifest.json"), "metadataPath"  # version 1.1
         if listed is None:
-            listed, link = _json(self.folder, "ept-sources/list.json"), "url"  # version 1.0
+            listed, link = self._optional("ept-sources/list.json"), "url"  # version 1.0
         entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
         entries = [e for e in entries if e.get("points") != 0]
         files = list(dict.fromkeys(e[link] for e in entries if isinstance(e.get(link), str)))
@@ -488,6 +501,12 @@ class EptFolder:
                 yield from metadata.values()
             else:
                 yield metadata
+
+    def _optional(self, file: str) -> Any:
+        try:
+            return _json(self.folder, file)
+        except RefusedError:
+            return None  # so some servers say that it is not there
 
     @property
     def bounds(self) -> Bounds:
@@ -515,18 +534,22 @@ class EptFolder:
         files: list[Key] = [(0, 0, 0, 0)]
         opened = set(files)
         while files:
-            page = self._hierarchy(files.pop())
-            key = np.array(list(page), np.int64).reshape(-1, 4)[:, :3]
-            for node, touched in zip(page, cube.touched(key, bounds).tolist(), strict=True):
-                if not touched or node[0] >= levels:
-                    continue
-                if page[node] == -1:
-                    if node in opened:
-                        raise LidarError(f"{self.name}: its hierarchy leads in a circle at {_text(node)}; fetch it again")
-                    opened.add(node)
-                    files.append(node)
-                elif page[node] > 0:
-                    found[node] = page[node]
+            arrive = ahead(files, self._hierarchy, self.folder.connections)
+            files = []
+            for page in arrive:
+                key = np.array(list(page), np.int64).reshape(-1, 4)[:, :3]
+                for node, touched in zip(page, cube.touched(key, bounds).tolist(), strict=True):
+                    if not touched or node[0] >= levels:
+                        continue
+                    if page[node] == -1:
+                        if node in opened:
+                            raise LidarError(
+                                f"{self.name}: its hierarchy leads in a circle at {_text(node)}; fetch it again"
+                            )
+                        opened.add(node)
+                        files.append(node)
+                    elif page[node] > 0:
+                        found[node] = page[node]
         listed = sum(found.values())
         if bounds is None and spacing is None and listed != self.point_count:
             raise LidarError(f"{self.name} promises {self.point_count} points, its hierarchy {listed}; fetch it again")
@@ -573,13 +596,14 @@ class EptFolder:
                 held = int(reader.header.point_count)
                 record = reader.read_points(-1) if held == count else None
                 scales, offsets = reader.header.scales, reader.header.offsets
+                standard_time = has_standard_time(reader.header)
         except Exception as error:  # laspy, lazrs, struct and numpy each raise their own on malformed bytes
             raise unreadable(name, error) from error
         if record is None:
             raise LidarError(f"{name} holds {held} points, the hierarchy says {count}; fetch the whole EPT again")
         if len(record) != count:
             raise breaks_off(name, len(record), count, None)
-        return points_within(record, scales, offsets, bounds)
+        return points_within(record, scales, offsets, bounds, standard_time=standard_time)
 
     def _binary(self, name: str, data: bytes, count: int, bounds: Bounds | None) -> RawPoints:
         dimensions = {d.name: d for d in self.ept.dimensions}
@@ -597,16 +621,21 @@ class EptFolder:
             # Left out: 0, which ASPRS reads as "never classified" and "no returns recorded".
             return points[field_name].astype(np.uint8) if field_name in dimensions else np.zeros(count, np.uint8)
 
-        withheld = whole("Withheld") if "Withheld" in dimensions else whole("ClassFlags") & 0b100
+        classes, flags = whole("Classification"), whole("ClassFlags")
+        withheld = whole("Withheld") if "Withheld" in dimensions else flags & 0b100
+        overlap = whole("Overlap") if "Overlap" in dimensions else flags & 0b1000
+        if not {"Overlap", "ClassFlags"} & dimensions.keys():
+            overlap = classes == 12
         return clipped(
             {
                 "x": scaled("X"),
                 "y": scaled("Y"),
                 "z": scaled("Z"),
-                "classification": whole("Classification"),
+                "classification": classes,
                 "return_number": whole("ReturnNumber"),
                 "number_of_returns": whole("NumberOfReturns"),
                 "withheld": withheld.astype(bool),
+                "overlap": overlap.astype(bool),
             },
             bounds,
         )

@@ -1,16 +1,20 @@
 """The same points from every kind of source, only the bytes that an area needs, and one clear message when it fails."""
 
+import gzip
 import json
 import pickle
 import shutil
 import struct
+import threading
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import laspy
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from laspy.header import GpsTimeType
 from pyproj import CRS
 
 from canopy.errors import LidarError
@@ -41,6 +45,10 @@ def wood(n=20_000, *, seed=1, crs=UTM, point_format=6):
     cloud.number_of_returns = rng.integers(1, 5, n)
     cloud.return_number = rng.integers(1, 1 + np.asarray(cloud.number_of_returns))
     cloud.withheld = rng.random(n) < 0.05
+    cloud.gps_time = rng.uniform(2e8, 3e8, n)
+    header.global_encoding.gps_time_type = GpsTimeType.STANDARD
+    if point_format >= 6:
+        cloud.overlap = rng.random(n) < 0.3
     cloud.update_header()
     return cloud
 
@@ -194,6 +202,22 @@ def test_memory_is_bounded(sources, kind):
 def test_a_source_is_a_value(sources, truth, kind):
     source = pickle.loads(pickle.dumps(open_points(sources[kind])))
     np.testing.assert_array_equal(gathered(source.chunks(MIDDLE)), within(truth, MIDDLE))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flags_and_days_of_the_flights_come_along(sources, kind):
+    cloud = wood()
+    chunks = list(open_points(sources[kind]).chunks(chunk_points=3000))
+    order = np.lexsort((cloud.z, cloud.y, cloud.x))
+    found = np.lexsort([np.concatenate([getattr(c, axis) for c in chunks]) for axis in "zyx"])
+    overlap = np.concatenate([c.overlap for c in chunks])[found]
+    expected = np.zeros(len(order), bool) if "format 3" in kind else np.asarray(cloud.overlap, bool)
+    np.testing.assert_array_equal(overlap, expected[order])
+    if kind == "ept binary":
+        assert all(c.gps_time_s is None for c in chunks)  # its schema has no time
+    else:
+        times = np.concatenate([c.gps_time_s for c in chunks])[found]
+        np.testing.assert_array_equal(times, np.asarray(cloud.gps_time)[order])
 
 
 def test_area_elsewhere_reads_nothing(sources):
@@ -588,7 +612,7 @@ def test_passing_faults_are_sat_out(sources, truth, serve_folder, kind, fault):
         ({"status": 429}, r"HTTP 429; 3 tries\); run again later"),
         ({"status": 429, "retry_after_s": 600}, r"HTTP 429, and asks for a pause of 600 s\)"),
         ({"status": 500}, r"HTTP 500; 3 tries"),
-        ({"status": 403}, r"is refused \(HTTP 403\); sign the link or ask for access"),
+        ({"status": 403}, r"is not there or not for everybody \(HTTP 403\); check the link, or sign it"),
         ({"hang_s": 0.8}, r"no answer in time; 3 tries"),
         ({"truncate": True}, r"(the answer broke off|of \d+ bytes); 3 tries"),
         ({"drop": True}, r"the connection broke off; 3 tries"),
@@ -625,6 +649,72 @@ def test_a_file_that_changes_while_it_is_read(sources, serve_folder, tmp_path):
         list(source.chunks())
 
 
+@pytest.fixture
+def odd_server(sources):
+    """Servers that answer in ways that are allowed but of no use, or that look like faults and are none."""
+    servers = []
+
+    def start(oddity):
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                path = sources["las"].parent / self.path.lstrip("/")
+                if not path.is_file():
+                    self.send_response(403 if oddity == "403 for 404" else 404)
+                    self.end_headers()
+                    return
+                body, status, headers = path.read_bytes(), 200, {}
+                first, last = map(int, self.headers.get("Range", "bytes=0-0").removeprefix("bytes=").split("-"))
+                if oddity != "no ranges" and "Range" in self.headers:
+                    status, total = 206, len(body)
+                    if oddity == "other range":
+                        first, last = first + 1, last + 1
+                    body = body[first : last + 1]
+                    headers["Content-Range"] = f"bytes {first}-{first + len(body) - 1}/{total}"
+                    if oddity == "no total":
+                        headers["Content-Range"] = f"bytes {first}-{first + len(body) - 1}/*"
+                if oddity == "gzip":
+                    body, headers["Content-Encoding"] = gzip.compress(body), "gzip"
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("oddity", "message"),
+    [
+        ("no ranges", r"gives whole files only, no ranges; download it and give the file"),
+        ("no total", r"Content-Range 'bytes 0-65535/\*' is not understood; download it"),
+        ("other range", r"bytes 1 to 65536 where 0 to 65535 were asked for; 3 tries"),
+        ("gzip", r"compresses on the way, so ranges mean nothing; download it"),
+    ],
+)
+def test_servers_of_no_use_for_copc(odd_server, oddity, message):
+    with pytest.raises(LidarError, match=message):
+        open_points(f"{odd_server(oddity)}/wood.copc.laz", patience=HASTE)
+
+
+@pytest.mark.parametrize("oddity", ["no ranges", "gzip", "403 for 404"])
+def test_an_ept_needs_whole_files_only(odd_server, truth, oddity):
+    source = open_points(f"{odd_server(oddity)}/ept/ept.json", patience=HASTE)
+    np.testing.assert_array_equal(gathered(source.chunks(MIDDLE)), within(truth, MIDDLE))
+    assert source.z_unit_m is None  # no metadata of its files
+
+
 class Signer:
     """Appends tokens of the server, as a signing service's client does: the same one until it is told to renew."""
 
@@ -642,7 +732,7 @@ class Signer:
 def test_expired_signatures_are_renewed(sources, truth, serve_folder, kind):
     server = serve_folder(sources["las"].parent)
     server.require_signature(PATHS[kind])
-    with pytest.raises(LidarError, match=r"is refused \(HTTP 403\); sign the link"):
+    with pytest.raises(LidarError, match=r"not for everybody \(HTTP 403\); check the link, or sign it"):
         open_points(links(server)[kind], patience=HASTE)
     sign = Signer(server)
     source = open_points(links(server)[kind], sign=sign, patience=HASTE)
@@ -650,7 +740,7 @@ def test_expired_signatures_are_renewed(sources, truth, serve_folder, kind):
     server.revoke_signatures()
     np.testing.assert_array_equal(gathered(source.chunks(MIDDLE)), within(truth, MIDDLE))
     assert sign.renewed >= 1
-    with pytest.raises(LidarError, match=r"HTTP 403\); the signature is not accepted") as told:
+    with pytest.raises(LidarError, match=r"HTTP 403\); check the source's signing") as told:
         open_points(links(server)[kind], sign=Signer(server, works=False), patience=HASTE)
     assert "sig=" not in str(told.value)
 
@@ -663,14 +753,12 @@ def test_a_signed_link_keeps_its_query_and_its_secret(sources, truth, serve_fold
     assert "sig" not in source.name
     np.testing.assert_array_equal(gathered(source.chunks(MIDDLE)), within(truth, MIDDLE))
     server.revoke_signatures()
-    with pytest.raises(LidarError, match=r"HTTP 403\); sign the link") as told:
+    with pytest.raises(LidarError, match=r"HTTP 403\); check the link") as told:
         list(source.chunks(MIDDLE))
     assert "sig=" not in str(told.value)
 
 
 def test_work_ahead_is_bounded_and_in_order():
-    import threading
-
     begun, lock = [], threading.Lock()
 
     def work(job):
