@@ -141,31 +141,40 @@ def tile_build(
 @tile_app.command("inspect")
 def tile_inspect(
     tile_set: Annotated[Path, typer.Argument(help="Tile set folder.")],
-    png: Annotated[
-        Path | None, typer.Option(help="Contact sheet to write; default: contact_sheet.png in the tile set.")
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page and its PNGs; default: inspection in the tile set.")
     ] = None,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="Run the quality checks on every chip now, with their standard limits.")
+    ] = False,
     *,
     as_json: Json = False,
 ) -> None:
-    """Show what a tile set holds: a table, and a contact sheet of images beside their heights.
+    """Show what a tile set holds: counts, heights, shifts, maps, the best and the worst chips, as one HTML page and PNGs.
 
     Example: canopy tile inspect tiles/autzen
     """
-    from canopy.tiler.chips import contact_sheet, read_index
+    from canopy.tiler.inspection import inspect_tile_set
+    from canopy.tiler.quality import QualitySettings
 
-    index = read_index(tile_set)
-    sheet = contact_sheet(tile_set, png or tile_set / "contact_sheet.png")
-    table = index.groupby(["site", "split"]).agg(
-        chips=("id", "size"),
-        valid=("valid_fraction", "mean"),
-        mean_m=("height_mean_m", "mean"),
-        p95_m=("height_p95_m", "mean"),
-    )
+    with _progress("chips") as progress:
+        report = inspect_tile_set(tile_set, out, settings=QualitySettings() if judge else None, progress=progress)
     if as_json:
-        _print_json({"tile_set": str(tile_set), "table": table.reset_index().to_dict("records"), "png": str(sheet)})
+        _print_json({
+            "tile_set": str(tile_set), "page": str(report.page), "pngs": [str(p) for p in report.pngs],
+            "chips": report.chips, "splits": report.by_site_split, "quality": report.by_quality,
+            "findings": report.by_check, "notes": report.notes,
+        })  # fmt: skip
         return
-    typer.echo(table.round(2).to_string())
-    typer.echo(f"{sheet}")
+    for site, splits in report.by_site_split.items():
+        typer.echo(f"{site}: {', '.join(f'{n} {split}' for split, n in splits.items())}")
+    if report.by_quality:
+        typer.echo(", ".join(f"{n} {level}" for level, n in report.by_quality.items()))
+    for check, n in report.by_check.items():
+        typer.echo(f"{check}: {n}")
+    for note in report.notes:
+        typer.echo(note)
+    typer.echo(f"{report.page}")
 
 
 @app.command()
@@ -381,15 +390,15 @@ def _stages() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
+def _progress(what: str = "windows") -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal; elsewhere a line at most every ten seconds, so that a job's log stays readable."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("windows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("windows", total=None)
+            task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
     last = time.monotonic()
@@ -398,7 +407,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         nonlocal last
         if done == total or time.monotonic() - last > 10:
             last = time.monotonic()
-            _say(f"{done} of {total} windows")
+            _say(f"{done} of {total} {what}")
 
     yield line
 
