@@ -26,6 +26,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -104,6 +105,9 @@ TASK_WINDOWS: Final = 64
 
 WINDOWS_A_WORKER: Final = 500
 """A local build starts one worker process for so many windows, up to one a core: starting one takes seconds."""
+
+CONNECT_S = 20.0
+"""How long a scheduler may take to answer."""
 
 ALLOWED_FAILURES: Final = 3
 """Workers that one task may take down with it before the build gives up."""
@@ -418,7 +422,7 @@ def _engine(scheduler: str | None, workers: int | None, plan: Plan) -> Iterator[
             address = stack.enter_context(_local_cluster(LocalCluster, count))
         try:
             connect: Any = Client
-            client = stack.enter_context(connect(address, timeout="20s", set_as_default=False))
+            client = stack.enter_context(connect(address, timeout=CONNECT_S, set_as_default=False))
         except (OSError, ValueError) as error:
             raise OutputError(f"no dask scheduler answers at {scheduler}; give its address as tcp://host:8786") from error
         yield client
@@ -451,12 +455,12 @@ def _results(engine: Any, stage: Stage, todo: list[int], plan: Plan, work: Path)
     # So many at a time that no worker waits, and the scheduler's memory does not grow with the plan.
     waiting = iter(todo)
     ahead = 4 * max(1, sum(engine.nthreads().values()))
-    futures: Any = distributed.as_completed(raise_errors=False)  # type: ignore[no-untyped-call]
+    futures: Any = distributed.as_completed(loop=engine.loop, raise_errors=False)  # type: ignore[no-untyped-call]
     numbers: dict[str, int] = {}
 
     def submit(count: int) -> None:
         for number, _ in zip(waiting, range(count), strict=False):
-            future = engine.submit(run_task, *call, number, pure=False)
+            future = engine.submit(_told_task, *call, number, pure=False)
             numbers[future.key] = number
             futures.add(future)
 
@@ -470,6 +474,16 @@ def _results(engine: Any, stage: Stage, todo: list[int], plan: Plan, work: Path)
                 f"most often for want of memory; give each worker more"
             ) from error
         submit(1)
+
+
+def _told_task(work: str, digest: str, stage: Stage, number: int) -> int:
+    """`run_task`, whose errors travel to another process: what caused them, GDAL's own among it, often cannot."""
+    failed: CanopyError
+    try:
+        return run_task(work, digest, stage, number)
+    except CanopyError as error:
+        failed = type(error)(str(error))
+    raise failed
 
 
 def run_task(work: str, digest: str, stage: Stage, number: int) -> int:
@@ -613,7 +627,7 @@ def _acquisition_days(plan: Plan, work: Path) -> dict[str, str]:
         cloud = plan.items[number]
         if not any(label.known_px for label in found):
             raise NoPointsError(
-                f"none of the {len(cloud.points)} point clouds of {cloud.name}, {cloud.points[0]} the first, gives a height on "
+                f"none of the {len(cloud.points)} clouds of {cloud.name}, {cloud.points[0]} the first, gives a height on "
                 f"the imagery; check CRS and extent of both"
             )
         if (day := acquisition_day(found)) is not None:
@@ -803,20 +817,27 @@ def _write_files(
 ) -> str:
     """Write the two files of a chip; their digest."""
     grid, paths = lattice.grid(box), _chip_paths(folder, name)
+    # Two processes may have one task in hand, when one is believed to be lost: each writes for itself and renames.
+    parts = folder.parent / "parts" / f"{socket.gethostname()}-{os.getpid()}"
+    parts.mkdir(parents=True, exist_ok=True)
+    written = parts / "image.tif", parts / "height.tif"
     # One TIFF tile a chip; tile sides are multiples of 16, and chip sides of 32.
     tiling: dict[str, Any] = {"blockxsize": box.shape[1], "blockysize": box.shape[0]}
     data = np.where(image.valid, image.data, image.data.dtype.type(0))
     with create_raster(
-        paths[0], grid=grid, count=len(data), dtype=data.dtype.name, predictor=2, **tiling
+        written[0], grid=grid, count=len(data), dtype=data.dtype.name, predictor=2, **tiling
     ) as writer:  # fmt: skip
         writer.write(0, data)
         writer.write_valid(image.valid)
     with create_raster(
-        paths[1], grid=grid, count=1, dtype="float32", nodata=float("nan"), band_names=["height_m"], units=["m"],
+        written[1], grid=grid, count=1, dtype="float32", nodata=float("nan"), band_names=["height_m"], units=["m"],
         predictor=3, **tiling,
     ) as writer:  # fmt: skip
         writer.write(0, height_m[None])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in written)).hexdigest()
+    for part, path in zip(written, paths, strict=True):
+        part.replace(path)
+    return digest
 
 
 # --- the index -----------------------------------------------------------------------------------------------------------

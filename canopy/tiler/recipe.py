@@ -111,11 +111,15 @@ class PairSource(ImagedSource):
 
     kind: Literal["pair"]
     height: Paths | None = None
-    """Canopy height models in metres, above ground."""
+    """Canopy height models, above ground."""
     dsm: Paths | None = None
-    """In place of `height`: surface models in metres, from which `dtm` is taken off."""
+    """In place of `height`: surface models, from which `dtm` is taken off."""
     dtm: Paths | None = None
-    """Terrain models in metres and in the vertical datum of `dsm`."""
+    """Terrain models in the vertical datum of `dsm`."""
+    height_unit_m: float | None = Field(default=None, gt=0)
+    """Metres per unit of `height`, in place of what its files say: 0.3048 for feet, 0.1 for decimetres."""
+    dsm_unit_m: float | None = Field(default=None, gt=0)
+    dtm_unit_m: float | None = Field(default=None, gt=0)
     exclude: tuple[str, ...] = ()
     """What `*` stands for in the files to leave out."""
 

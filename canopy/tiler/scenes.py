@@ -575,7 +575,7 @@ def open_scene(item: Item, number: int, recipe: TileSetRecipe, work: Path) -> It
         yield Scene(
             image=imagery.read,
             days=imagery.days,
-            height_m=_heights_of(item, number, lattice, work, stack),
+            height_m=_heights_of(item, number, recipe, work, stack),
             unlabelled=tuple(lattice.covering(bounds) for bounds in source.unlabelled_m),
             beside=(lambda box: _beside(item, number, work, box)) if item.points else None,
             **facts,
@@ -604,16 +604,21 @@ def refuse_changed(stamps: Iterable[Stamp]) -> None:
 
 
 def _heights_of(
-    item: Item, number: int, lattice: Lattice, work: Path, stack: ExitStack
+    item: Item, number: int, recipe: TileSetRecipe, work: Path, stack: ExitStack
 ) -> Callable[[Box], NDArray[np.float32]]:
     if item.points:
         return lambda box: _from_tiles(item, number, work, box, LABEL_BANDS[:1])[0]
-    if item.heights:
-        chm = stack.enter_context(_image_files(item.heights, item.stamps).open(lattice, (1,)))
-        return lambda box: heights(chm.read(box))
-    from canopy.tiler.heights import dsm_minus_dtm
+    lattice = item.lattice(recipe)
+    from canopy.tiler.heights import open_chm, open_dsm_minus_dtm
 
-    return dsm_minus_dtm  # type: ignore[no-any-return]
+    source = recipe.source[item.source]
+    assert isinstance(source, PairSource), f"{item.name} has neither points nor rasters of height"
+    if item.heights:
+        raster = stack.enter_context(open_chm(item.heights, lattice, height_unit_m=source.height_unit_m))
+    else:
+        units = {"dsm_unit_m": source.dsm_unit_m, "dtm_unit_m": source.dtm_unit_m}
+        raster = stack.enter_context(open_dsm_minus_dtm(item.dsm, item.dtm, lattice, **units))
+    return lambda box: raster.read(box).height_m
 
 
 def _from_tiles(item: Item, number: int, work: Path, box: Box, names: Sequence[str]) -> NDArray[np.float32]:
