@@ -12,14 +12,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import laspy
 import numpy as np
 import pytest
+from affine import Affine
 from hypothesis import given
 from hypothesis import strategies as st
 from laspy.header import GpsTimeType
-from pyproj import CRS
+from pyproj import CRS, Transformer
 
 from canopy.errors import LidarError
+from canopy.grid import Grid
 from canopy.tiler.byteranges import Patience, ahead
 from canopy.tiler.las import LasFile
+from canopy.tiler.lidar import LidarOptions, lidar_to_chm
 from canopy.tiler.octree import CopcFile, EptFolder
 from canopy.tiler.points import crs_of, open_points, point_sources, z_unit_m_of
 from tests.octrees import write_copc, write_ept
@@ -808,3 +811,39 @@ def test_real_ept(samples):
     assert len(found) == inside.sum() > 10_000
     np.testing.assert_array_equal(np.sort(found[:, 2]), np.sort(z[inside]))
     assert sum(c.decoded for c in source.chunks(bounds)) < 0.5 * source.point_count
+
+
+# --- through to the heights ----------------------------------------------------------------------------------------------
+
+
+def standing(crs, *, foot=1.0):
+    """Trees of 20 m on flat ground, all classified; x and y in `crs`, z in units of `foot` metres."""
+    rng = np.random.default_rng(3)
+    n = 20_000
+    x, y = np.round(LEFT + rng.uniform(0, 60, n), 3), np.round(BOTTOM + rng.uniform(0, 60, n), 3)
+    tree = (np.hypot((x - LEFT) % 10 - 5, (y - BOTTOM) % 10 - 5) < 3) & (rng.random(n) < 0.7)
+    x, y = Transformer.from_crs(UTM, crs, always_xy=True).transform(x, y)
+    header = laspy.LasHeader(version="1.4", point_format=6)
+    header.scales, header.offsets = [1e-4] * 3, np.floor([x.min(), y.min(), 0])
+    header.add_crs(crs)
+    cloud = laspy.LasData(header)
+    cloud.x, cloud.y, cloud.z = x, y, (150 + 20 * tree) / foot
+    cloud.classification = np.where(tree, 5, 2)
+    cloud.return_number = cloud.number_of_returns = np.ones(n, np.uint8)
+    cloud.update_header()
+    return cloud
+
+
+@pytest.mark.parametrize("spacing_m", [0.0, 0.5])
+def test_an_ept_in_web_mercator_with_z_in_feet_gives_the_heights_of_the_cloud_it_was_made_of(tmp_path, spacing_m):
+    grid = Grid(crs=UTM, transform=Affine(1, 0, LEFT, 0, -1, BOTTOM + 60), shape=(60, 60))
+    standing(UTM).write(tmp_path / "a.laz")
+    expected = lidar_to_chm(tmp_path / "a.laz", grid).to_numpy()
+    ept = write_ept(tmp_path / "ept", standing(CRS.from_epsg(3857), foot=0.3048), srs=MERCATOR)
+    with pytest.raises(LidarError, match=r"nothing about the unit of z; give option z_unit_m"):
+        lidar_to_chm(ept, grid)
+    found = lidar_to_chm(ept, grid, options=LidarOptions(z_unit_m=0.3048, spacing_m=spacing_m)).to_numpy()
+    agree = np.isclose(found, expected, atol=0.01, equal_nan=True)
+    assert np.nanmax(expected) == pytest.approx(20, abs=0.01)
+    # Coordinates rounded again put a few points into the pixel beside; a coarse spacing leaves pixels without a point.
+    assert agree.mean() > (0.99 if not spacing_m else 0.8)
