@@ -178,7 +178,10 @@ def test_grid_off_the_lattice(tmp_path):
 
 
 def test_difference_of_real_models_is_the_producers(samples):
-    """New Zealand: surface, terrain and canopy model of one producer, whose rounding is all that may lie between."""
+    """New Zealand: surface, terrain and canopy model of one producer, who made the third not quite from the others.
+
+    Pixel by pixel in their own files the median difference is 0.003 m and the 99 % limits are -2.0 and 1.2 m.
+    """
     folder = samples / "lidar" / "nz_wellington"
     lattice = Lattice(crs=CRS.from_epsg(2193), gsd_m=1.0)
     with (
@@ -188,9 +191,13 @@ def test_difference_of_real_models_is_the_producers(samples):
         theirs, ours = chm.read(chm.box), difference.read(chm.box)
     both = ours.valid & theirs.valid
     assert both.mean() > 0.98
-    assert np.percentile(np.abs(ours.height_m - theirs.height_m)[both], 99) < 0.01
-    shifted = np.abs(ours.height_m - np.roll(theirs.height_m, 1, axis=0))[both]
-    assert np.nanpercentile(shifted, 99) > 1
+    error_m = np.abs(ours.height_m - theirs.height_m)[both]
+    assert np.median(error_m) < 0.1
+    assert np.percentile(error_m, 99) < 2
+    # The control: one pixel to the side.
+    shifted_m = np.abs(ours.height_m - np.roll(theirs.height_m, 1, axis=0))[both]
+    assert np.nanmedian(shifted_m) > 0.5
+    assert np.nanpercentile(shifted_m, 99) > 5
 
 
 def test_chm_without_crs_is_refused(samples):
