@@ -775,8 +775,9 @@ def _write(
 
 
 def _flown_on(plan: Plan, number: int, work: Path) -> date | None:
-    if not plan.items[number].points:
-        return None
+    item = plan.items[number]
+    if item.flown is not None or not item.points:
+        return item.flown
     day = json.loads((work / DAYS).read_bytes()).get(str(number))
     return None if day is None else date.fromisoformat(day)
 
@@ -1009,48 +1010,3 @@ def tile_set_hash(tile_set: Path) -> str:
         f"{chip}\t{split}\t{digest}\n" for chip, split, digest in index[["id", "split", "sha256"]].itertuples(index=False)
     )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def contact_sheet(tile_set: Path, png: Path, *, count: int = 24, per_line: int = 2) -> Path:
-    """Draw chips as image, image with the outline of heights above 5 m, height, and validity, side by side.
-
-    Args:
-        tile_set: Folder of a tile set.
-        png: File to write.
-        count: Number of chips, taken evenly from the index.
-        per_line: Chips in a line of the sheet.
-
-    Returns:
-        `png`.
-    """
-    from matplotlib.figure import Figure
-
-    index = read_index(tile_set)
-    rows = index.iloc[np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(int))]
-    lines = -(-len(rows) // per_line)
-    figure = Figure(figsize=(10.0 * per_line, 2.75 * lines), layout="constrained")
-    axes = figure.subplots(lines, 4 * per_line, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    top_m = max(float(rows["height_p95_m"].max()), 1.0)
-    for number, row in enumerate(rows.itertuples(index=False)):
-        line, first = divmod(number, per_line)
-        panels = axes[line, 4 * first : 4 * first + 4]
-        image, height_m = read_chip(tile_set, row.id)
-        colours = image.data[:3] if len(image.data) >= 3 else np.repeat(image.data[:1], 3, axis=0)
-        colours = np.moveaxis(colours / np.iinfo(colours.dtype).max, 0, -1)
-        known = np.isfinite(height_m)
-        for panel in panels[:2]:
-            panel.imshow(colours)
-        if (np.nan_to_num(height_m, nan=0.0) > 5).any():
-            panels[1].contour(np.nan_to_num(height_m, nan=0.0), levels=[5.0], colors="yellow", linewidths=0.6)
-        shown = panels[2].imshow(height_m, vmin=0, vmax=top_m, cmap="viridis")
-        panels[3].imshow(known.astype(int) + image.valid, vmin=0, vmax=2, cmap="gray")
-        panels[0].set_title(f"{row.id}\n{row.split} · {row.gsd_m:g} m", fontsize=6, loc="left")
-        panels[1].set_title("heights > 5 m outlined", fontsize=6, loc="left")
-        panels[2].set_title(f"height, mean {row.height_mean_m:.1f} p95 {row.height_p95_m:.1f} m", fontsize=6, loc="left")
-        panels[3].set_title(f"valid {row.valid_fraction:.0%} (grey: image only)", fontsize=6, loc="left")
-    figure.colorbar(shown, ax=axes, shrink=0.5 / lines**0.5, label="height (m)")
-    png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png, dpi=110)
-    return png

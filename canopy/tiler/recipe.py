@@ -72,6 +72,19 @@ class StacImagery(_Table):
         return self
 
 
+class LidarSearch(_Table):
+    """Point clouds from a catalogue over the recipe's area, survey by survey. What is found is frozen into a manifest."""
+
+    source: str
+    """A name in `data/`, for example "3dep", or the path of such a file."""
+    catalogue: Literal["stac-api", "ept-index"] | None = None
+    """Which of the source's catalogues; default its first."""
+    start: Day | None = None
+    end: Day | None = None
+    survey: str | None = None
+    """The one survey to use; default the newest at each place."""
+
+
 class AnySource(_Table):
     """What every source has."""
 
@@ -136,8 +149,10 @@ class LidarSource(ImagedSource):
     kind: Literal["lidar"]
     points: Paths | None = None
     """LAS, LAZ, COPC or EPT: files, folders, globs or http addresses."""
-    lidar: str | None = None
-    """In place of `points`: a catalogue in `data/`, for example "3dep", or the path of such a file."""
+    lidar: Annotated[
+        LidarSearch | None, BeforeValidator(lambda value: {"source": value} if isinstance(value, str) else value)
+    ] = None
+    """In place of `points`: a search in a catalogue over the recipe's area, or only its name, for example "3dep"."""
     algorithm: str = "p2r"
     options: dict[str, Any] = Field(default_factory=dict)
     """Fields of `canopy.tiler.lidar.LidarOptions`."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,7 @@ from canopy.tiler.imagery import NO_DATE, ImageFiles, Imagery
 from canopy.tiler.recipe import (
     SIMULATED_SEEDS,
     ImagedSource,
+    LidarSearch,
     LidarSource,
     PairSource,
     SimulatedSource,
@@ -98,15 +100,26 @@ class PlannedArea(BaseModel):
         polygons = tuple(str(polygon.wkb_hex) for polygon in area.polygons)
         return cls(name=area.name, crs=CRS.from_user_input(area.polygons.crs).to_wkt(), polygons=polygons)
 
-    def mask_on(self, lattice: Lattice) -> Callable[[Box], NDArray[np.bool_]]:
-        """Any box -> (row, col) True inside the area."""
+    @property
+    def area(self) -> Area:
+        """The area itself."""
         import geopandas
         import shapely
 
-        from canopy.tiler.area import Area, area_mask
+        from canopy.tiler.area import Area
 
-        parts = geopandas.GeoSeries(shapely.from_wkb([*self.polygons]), crs=self.crs)
-        polygons = Area(name=self.name, polygons=parts).polygons_in(lattice.crs)
+        return Area(name=self.name, polygons=geopandas.GeoSeries(shapely.from_wkb([*self.polygons]), crs=self.crs))
+
+    def bounds_on(self, lattice: Lattice) -> tuple[float, float, float, float]:
+        """(left, bottom, right, top) in the lattice's CRS."""
+        left, bottom, right, top = self.area.polygon_in(lattice.crs).bounds
+        return left, bottom, right, top
+
+    def mask_on(self, lattice: Lattice) -> Callable[[Box], NDArray[np.bool_]]:
+        """Any box -> (row, col) True inside the area."""
+        from canopy.tiler.area import area_mask
+
+        polygons = self.area.polygons_in(lattice.crs)
         return lambda box: area_mask(polygons, lattice, box)
 
 
@@ -129,6 +142,12 @@ class Item(BaseModel):
     """File name of a frozen search for imagery, in place of `images`."""
     points_manifest: str | None = None
     """File name of a frozen search for point clouds, the source of `points`."""
+    survey: str | None = None
+    """Which survey of that search."""
+    part: PlannedArea | None = None
+    """Where that survey's heights count."""
+    flown: date | None = None
+    """The middle of that survey's flights, where the catalogue says it."""
     heights: tuple[str, ...] = ()
     dsm: tuple[str, ...] = ()
     dtm: tuple[str, ...] = ()
@@ -256,7 +275,50 @@ class Finder:
     def _clouds(self, number: int, source: LidarSource) -> Iterator[Item]:
         lidar_options(source)  # a wrong option is found before anything is read
         for item in self._imaged(number, source):
-            yield self._with(item, points=self._points(source))
+            if source.lidar is None:
+                yield self._with(item, points=self._points(source))
+            else:
+                yield from self._surveyed(item, source, source.lidar)
+
+    def _surveyed(self, item: Item, source: LidarSource, query: LidarSearch) -> Iterator[Item]:
+        """An item for each survey that covers a part of the imagery."""
+        import shapely
+
+        from canopy.tiler import surveys
+
+        area = self._area_for(source, f"LiDAR from {query.source}")
+        catalogue = surveys.load_points_source(self._described(query.source))
+        path = self._frozen(
+            f"points-{source.site}",
+            {
+                "query": query.model_dump(mode="json"), "area": area.geometry.wkb_hex,
+                "source": catalogue.model_dump(mode="json"),
+            },
+            lambda path: surveys.search_points(
+                catalogue, area, catalogue=query.catalogue, start=query.start, end=query.end, survey=query.survey
+            ).write(path),
+        )  # fmt: skip
+        manifest = surveys.PointsManifest.read(path)
+        lattice = item.lattice(self.recipe)
+        for survey in manifest.surveys:
+            part = shapely.from_wkt(survey.part_deg)
+            planned = PlannedArea(name=survey.name, crs=_LONLAT.to_wkt(), polygons=tuple(_polygons_of(part)))
+            box = item.lattice_box.intersect(lattice.covering(planned.bounds_on(lattice)))
+            if box is None:
+                continue
+            several = len(manifest.surveys) > 1
+            yield item.model_copy(
+                update={
+                    "name": f"{item.name}-{survey.name}" if several else item.name,
+                    "variant": re.sub(r"[^A-Za-z0-9.-]", "-", survey.name) if several else "",
+                    "box": (box.row0, box.col0, box.row1, box.col1),
+                    "points": tuple(cloud.href for cloud in survey.clouds),
+                    "points_manifest": path.name,
+                    "survey": survey.name,
+                    "part": planned,
+                    "flown": _middle(survey.start, survey.end),
+                }
+            )
 
     def _imaged(self, number: int, source: ImagedSource) -> Iterator[Item]:
         """The items of a source whose labels do not come in files paired with its images."""
@@ -301,9 +363,7 @@ class Finder:
     def _searched(self, number: int, source: ImagedSource, query: StacImagery) -> Item:
         from canopy.tiler import stac
 
-        area = self.area
-        if area is None:
-            raise RecipeError(f"{source.site}: imagery from {query.source} needs an area; give area or bbox_deg, or --area")
+        area = self._area_for(source, f"imagery from {query.source}")
         described = self._described(query.source)
         catalogue = stac.load_source(described)
         manifest = self._frozen(
@@ -322,6 +382,11 @@ class Finder:
         box = self._inside(lattice.covering(area.polygon_in(crs).bounds), source, crs, f"the area {area.name}")
         assert box is not None, "an area touches itself"
         return self._item(query.source.rsplit("/", 1)[-1].removesuffix(".toml"), number, crs, box, manifest=manifest)
+
+    def _area_for(self, source: ImagedSource, what: str) -> Area:
+        if self.area is None:
+            raise RecipeError(f"{source.site}: {what} needs an area; give area or bbox_deg in the recipe, or --area")
+        return self.area
 
     def _described(self, name: str) -> str:
         """A catalogue: a name as it is, a file's path relative to the recipe."""
@@ -440,14 +505,32 @@ _SIDECARS = (".prj", ".wld", ".tfw", ".jgw", ".pgw")
 
 
 def _files_behind(path: Path) -> Iterator[Path]:
-    """A file and the sidecars that say where it lies; all files of a folder."""
+    """A file and the sidecars that say where it lies; of a folder with an Entwine octree its description."""
     if path.is_dir():
-        yield from sorted(file for file in path.rglob("*") if file.is_file())
+        yield path / "ept.json"
         return
     yield path
     for sidecar in (path.with_name(path.name + ".aux.xml"), *(path.with_suffix(suffix) for suffix in _SIDECARS)):
         if sidecar.is_file():
             yield sidecar
+
+
+_LONLAT: Final = CRS.from_epsg(4326)
+
+
+def _polygons_of(geometry: Any) -> Iterator[str]:
+    """The polygons of a geometry, as `PlannedArea` has them."""
+    for part in getattr(geometry, "geoms", (geometry,)):
+        if part.geom_type == "Polygon" and part.area > 0:
+            yield str(part.wkb_hex)
+
+
+def _middle(start: str | None, end: str | None) -> date | None:
+    """The day in the middle of two, written as ISO 8601."""
+    if start is None or end is None:
+        return None
+    first, last = date.fromisoformat(start), date.fromisoformat(end)
+    return first + (last - first) // 2
 
 
 def _remote(text: str) -> bool:
@@ -514,7 +597,7 @@ def make_label(item: Item, number: int, tile: Box, recipe: TileSetRecipe, work: 
     bands = np.full((len(LABEL_BANDS), *tile.shape), np.nan, np.float32)
     days = None
     try:
-        layers = lidar_layers(item.points, lattice.grid(outer), source.algorithm, options=options)
+        layers = lidar_layers(_clouds_of(item, work), lattice.grid(outer), source.algorithm, options=options)
     except NoPointsError:
         if tile == item.lattice_box:
             raise
@@ -528,6 +611,16 @@ def make_label(item: Item, number: int, tile: Box, recipe: TileSetRecipe, work: 
     write_raster(path, bands, grid=lattice.grid(tile), nodata=math.nan, band_names=LABEL_BANDS)
     first, last = days if days is not None else (None, None)
     return Label(known_px=int(np.isfinite(bands[0]).sum()), first_day=first, last_day=last)
+
+
+def _clouds_of(item: Item, work: Path) -> Any:
+    """What `lidar_layers` takes: paths and links, or the sources of a survey with their signatures."""
+    if item.points_manifest is None:
+        return item.points
+    from canopy.tiler.surveys import PointsManifest
+
+    manifest = PointsManifest.read(work / "set" / "manifests" / item.points_manifest)
+    return manifest.open(next(survey for survey in manifest.surveys if survey.name == item.survey))
 
 
 def acquisition_day(labels: Sequence[Label]) -> date | None:
@@ -607,7 +700,13 @@ def _heights_of(
     item: Item, number: int, recipe: TileSetRecipe, work: Path, stack: ExitStack
 ) -> Callable[[Box], NDArray[np.float32]]:
     if item.points:
-        return lambda box: _from_tiles(item, number, work, box, LABEL_BANDS[:1])[0]
+        inside = None if item.part is None else item.part.mask_on(item.lattice(recipe))
+
+        def made(box: Box) -> NDArray[np.float32]:
+            height_m = _from_tiles(item, number, work, box, LABEL_BANDS[:1])[0]
+            return height_m if inside is None else np.where(inside(box), height_m, np.float32(np.nan))
+
+        return made
     lattice = item.lattice(recipe)
     from canopy.tiler.heights import open_chm, open_dsm_minus_dtm
 

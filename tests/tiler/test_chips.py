@@ -21,7 +21,6 @@ from canopy.tiler.chips import (
     COLUMNS,
     build_tile_set,
     chip_starts,
-    contact_sheet,
     read_chip,
     read_index,
     tile_set_hash,
@@ -365,14 +364,6 @@ lidar_source = "simulated"
     assert np.corrcoef(height_m[known], turned[known])[0, 1] < 0.5
     with pytest.raises(RecipeError, match="'halo_m'"):
         build_tile_set(recipe(tmp_path, source + "options = { halo_m = 1 }\n"), tmp_path / "none")
-
-
-def test_a_contact_sheet_is_drawn(wood):
-    folder, _ = wood
-    tile_set = build_tile_set(recipe(folder))
-    png = contact_sheet(tile_set, folder / "sheets" / "set.png", count=2)
-    assert png.read_bytes().startswith(b"\x89PNG")
-    assert png.stat().st_size > 10_000
 
 
 # --- the recipes of the project ------------------------------------------------------------------------------------------
