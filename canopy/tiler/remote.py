@@ -240,6 +240,8 @@ class Reader:
             # Silence ends a request, not its length: a slow line may take its time for a large range.
             "GDAL_HTTP_LOW_SPEED_TIME": str(math.ceil(self._patience.timeout_s)),
             "GDAL_HTTP_LOW_SPEED_LIMIT": "1",
+            # What GDAL fetches in parallel passes its cache by, and each band of a file would fetch the same blocks again.
+            "GDAL_HTTP_MULTIRANGE": "SERIAL",
             "CPL_VSIL_CURL_CACHE_SIZE": str(128 << 20),
             # A truncated JPEG block is only a warning to libjpeg: its missing rows would arrive grey.
             "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",

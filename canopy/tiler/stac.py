@@ -20,7 +20,7 @@ import os
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -31,15 +31,18 @@ from pyproj import CRS, Transformer
 from rasterio.enums import Resampling
 
 from canopy.errors import GridError, ImageryError, OutputError, SourceError
-from canopy.grid import Box, Grid, Lattice
+from canopy.grid import Box, Grid, Lattice, is_metric
 from canopy.raster import Pixels, warp
 from canopy.tiler.catalogue import search, search_once
-from canopy.tiler.imagery import NO_DATE
+from canopy.tiler.imagery import NO_DATE, ImageryInfo, ground_gsd_m
 from canopy.tiler.manifest import ItemRecord, Manifest
-from canopy.tiler.remote import Header, Patience, Reader, stage
+from canopy.tiler.remote import AssetBands, Header, Patience, Reader, stage
 from canopy.tiler.sources import StacSource, load_source
 
-__all__ = ["Manifest", "Patience", "StacImagery", "StacSource", "load_source", "open_stac", "search", "search_once", "stage"]
+__all__ = [
+    "Manifest", "Patience", "StacImagery", "StacItems", "StacSource", "load_source", "open_stac", "search", "search_once",
+    "stage",
+]  # fmt: skip
 
 TILE_PX: Final = 1024
 """Side of the lattice-fixed tiles that are fetched, put together and kept: 0.6 km of NAIP, 10 km of Sentinel-2."""
@@ -66,7 +69,7 @@ class _Scene:
     index: int
     item: ItemRecord
     box: Box
-    groups: tuple[tuple[Grid, tuple[tuple[str, tuple[int, ...]], ...]], ...]
+    groups: tuple[tuple[Grid, tuple[AssetBands, ...]], ...]
     """(grid, (asset, bands of its file)...) for the assets with the bands wanted."""
     offsets: tuple[float, ...]
     """Per band in the order of `groups`."""
@@ -209,7 +212,7 @@ class StacImagery:
         by_asset: dict[str, list[int]] = {}
         for band in self._bands:
             by_asset.setdefault(band.asset, []).append(band.index)
-        by_grid: list[tuple[Grid, list[tuple[str, tuple[int, ...]]]]] = []
+        by_grid: list[tuple[Grid, list[AssetBands]]] = []
         for name, indices in by_asset.items():
             grid = item.assets[name].grid
             group = next((members for known, members in by_grid if known == grid), None)
@@ -235,41 +238,48 @@ class StacImagery:
         """An item's pixels on a tile, and how many values its offset took below 0."""
         target = self.lattice.grid(box)
         parts: list[Pixels] = []
-        below = 0
-        done = 0
+        below = done = 0
         for grid, members in scene.groups:
             count = sum(len(indices) for _, indices in members)
-            raw = self._native(scene.item, grid, members, box)
             offset = np.array(scene.offsets[done : done + count])
             done += count
+            raw = self._native(scene.item, grid, members, target)
             if raw is None:
                 return Pixels(data=np.zeros((len(self._bands), *box.shape), self.dtype), valid=np.zeros(box.shape, bool)), 0
             values, inside, where = raw
             usable = self._usable(values, inside)
+            clear = self._clear(scene.item, where)
+            if clear is not None:
+                usable &= clear  # before the pixels are resampled, so that no cloud has a part in its neighbours
             shifted, dark = self._harmonised(values, usable, offset, scene.item)
             below += dark
-            pixels = Pixels(data=shifted, valid=usable)
-            parts.append(pixels if where == target else warp(pixels, where, target))
+            part = Pixels(data=shifted, valid=usable)
+            if where != target:
+                part = warp(part, where, target)
+                if clear is not None:  # and after, since what surrounds a cloud would fill its rim
+                    seen = Pixels(data=clear[None].astype(np.uint8), valid=inside)
+                    nearest = warp(seen, where, target, resampling=Resampling.nearest)
+                    part = Pixels(data=part.data, valid=part.valid & nearest.valid & (nearest.data[0] > 0))
+            parts.append(part)
         data = np.concatenate([part.data for part in parts])[list(scene.order)]
         valid = np.logical_and.reduce([part.valid for part in parts])
-        if self._source.cloud.mask_asset is not None and valid.any():
-            valid &= self._clear(scene.item, self._source.cloud.mask_asset, box)
         self._check_range(data, valid, scene.item)
         return Pixels(data=data, valid=valid), below
 
     def _native(
-        self, item: ItemRecord, grid: Grid, members: Sequence[tuple[str, tuple[int, ...]]], box: Box
+        self, item: ItemRecord, grid: Grid, members: Sequence[AssetBands], target: Grid
     ) -> tuple[NDArray[Any], NDArray[np.bool_], Grid] | None:
-        """What a tile needs of assets with one grid; None where they have nothing.
+        """What `target` needs of assets with one grid; None where they have nothing.
 
         Returns:
-            (band, row, col) values, (row, col) whether a pixel is inside the files, and where these pixels are.
+            (band, row, col) values, (row, col) whether a pixel is inside the files, and where these pixels are: on `target`
+            where both are on the lattice, else on the assets' own grid.
         """
-        own = self.lattice.box_of(grid)
-        if own is not None:
-            first, shape, where = (box.row0 - own.row0, box.col0 - own.col0), box.shape, self.lattice.grid(box)
+        own, wanted = self.lattice.box_of(grid), self.lattice.box_of(target)
+        if own is not None and wanted is not None:
+            first, shape, where = (wanted.row0 - own.row0, wanted.col0 - own.col0), target.shape, target
         else:
-            first, shape = _source_window(self.lattice.grid(box), grid)
+            first, shape = _source_window(target, grid)
             where = grid.crop(*first, shape)
         row0, row1 = max(first[0], 0), min(first[0] + shape[0], grid.shape[0])
         col0, col1 = max(first[1], 0), min(first[1] + shape[1], grid.shape[1])
@@ -319,15 +329,16 @@ class StacImagery:
         below = int((shifted[:, usable] < low).sum())
         return np.rint(np.clip(shifted, low, limits.max)).astype(dtype), below
 
-    def _clear(self, item: ItemRecord, name: str, box: Box) -> NDArray[np.bool_]:
-        """(row, col) True where the mask's class is a clear one; nearest neighbour, since classes have no mean."""
-        grid = item.assets[name].grid
-        raw = self._native(item, grid, ((name, (1,)),), box)
+    def _clear(self, item: ItemRecord, target: Grid) -> NDArray[np.bool_] | None:
+        """(row, col) True where the cloud mask's class is a clear one, nearest neighbour; None where there is no mask."""
+        name = self._source.cloud.mask_asset
+        if name is None:
+            return None
+        raw = self._native(item, item.assets[name].grid, ((name, (1,)),), target)
         if raw is None:
-            return np.zeros(box.shape, bool)
+            return np.zeros(target.shape, bool)
         classes, inside, where = raw
         pixels = Pixels(data=classes, valid=inside)
-        target = self.lattice.grid(box)
         if where != target:
             pixels = warp(pixels, where, target, resampling=Resampling.nearest)
         return np.asarray(pixels.valid & np.isin(pixels.data[0], self._source.cloud.clear_classes))
@@ -480,3 +491,46 @@ def open_stac(
         ImageryError: no item touches the lattice.
     """
     yield StacImagery(manifest, lattice, bands, Path(cache) if cache is not None else None, patience)
+
+
+class StacItems:
+    """The items of a manifest as a source of imagery, for everything that takes local files as well.
+
+    Args:
+        manifest: What to read.
+        cache: Folder for finished tiles; see `open_stac`.
+        patience: How long the services may fail.
+    """
+
+    def __init__(self, manifest: Manifest, cache: Path | None = None, patience: Patience = Patience()) -> None:  # noqa: B008
+        self.manifest = manifest
+        self._cache, self._patience = cache, patience
+        source = manifest.source
+        names = tuple(band.name for band in source.band)
+        grids = [(item.id, item.assets[source.band[0].asset].grid) for item in manifest.items]
+        crs_wkts = [grid.crs.to_wkt() for _, grid in grids]
+        # The CRS of most items; of two that share the first place, that of the preferred item.
+        leading = max(range(len(grids)), key=lambda index: (crs_wkts.count(crs_wkts[index]), -index))
+        sizes = [(max(grid.gsd) if is_metric(grid.crs) else ground_gsd_m(grid), item) for item, grid in grids]
+        west, south, east, north = manifest.search.bounds_deg
+        self.info = ImageryInfo(
+            source=f"{source.name} ({len(grids)} items over {manifest.search.area})", crs=grids[leading][1].crs,
+            band_count=len(names), band_names=names, dtype=source.dtype, gsd_m=min(sizes)[0],
+            coarsest_gsd_m=max(sizes)[0], coarsest=f"item {max(sizes)[1]} of {source.name}",
+            alpha="none", alpha_reason="a catalogue's source names the bands that are data",
+            centre_lon_deg=(west + east) / 2, centre_lat_deg=(south + north) / 2,
+        )  # fmt: skip
+
+    def open(self, lattice: Lattice, bands: Sequence[int | str] | None = None) -> AbstractContextManager[StacImagery]:
+        """The items on `lattice`; raises as `open_stac`."""
+        return open_stac(self.manifest, lattice, bands, self._cache, patience=self._patience)
+
+    def record(self) -> list[dict[str, Any]]:
+        """Id, day and links of each item, and the digest of the manifest."""
+        return [
+            {
+                "item": f"{item.collection}/{item.id}", "datetime": item.datetime, "manifest_sha256": self.manifest.sha256,
+                "assets": {name: asset.href for name, asset in item.assets.items()},
+            }
+            for item in self.manifest.items
+        ]  # fmt: skip

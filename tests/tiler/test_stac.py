@@ -331,6 +331,15 @@ def test_many_pages(catalogue, monkeypatch):
     assert len(server.searches) == 4
 
 
+def test_the_bytes_of_a_file_with_many_bands_are_fetched_once(catalogue):
+    catalogue.scene("a", HOME, truth(HOME, 6))
+    manifest = found(catalogue)
+    with open_stac(manifest, UTM10, patience=QUICK) as image:
+        np.testing.assert_array_equal(image.read(HOME).data, truth(HOME, 6)[:3])
+    size = (catalogue.server.folder / "a.tif").stat().st_size
+    assert size <= catalogue.server.sent_bytes["/a.tif"] <= 1.2 * size
+
+
 def test_an_asset_for_each_band(catalogue):
     catalogue.scene("a", HOME, assets=("B04", "B03", "B02"))
     with open_stac(found(catalogue, changes={"band": EACH}), UTM10, ["blue", 1], patience=QUICK) as image:
@@ -375,6 +384,21 @@ def test_clouds_give_way_to_the_next_scene(catalogue):
     assert set(np.unique(days[pixels.valid])) == {days_of("2021-07-01"), days_of("2021-08-01")}
     np.testing.assert_array_equal(days == days_of("2021-08-01"), wanted == 7)
     assert (days[~pixels.valid] == NO_DATE).all()
+
+
+def test_a_cloud_has_no_part_in_its_neighbours(catalogue):
+    """Resampled onto another lattice, what is left of a grey scene with a white cloud is grey up to the cloud's rim."""
+    cloud = np.zeros(COARSE_HOME.shape, bool)
+    cloud[20:60, 30:90] = True
+    data = np.where(np.repeat(np.repeat(cloud, 2, 0), 2, 1), 250, 100).astype("uint8")
+    item = catalogue.scene("a", HOME, np.stack([data] * 3), cloud=20)
+    catalogue.mask(item, COARSE_HOME, np.where(cloud, 9, 4), lattice=COARSE)
+    lattice = Lattice(crs=UTM10.crs, gsd_m=9.3)
+    with open_stac(found(catalogue, changes={"cloud": SCL}), lattice, patience=QUICK) as image:
+        pixels = image.read(image.box)
+    assert np.unique(pixels.data[:, pixels.valid]) == 100
+    hidden = (~pixels.valid).sum() * 9.3**2 - (np.prod(pixels.valid.shape) * 9.3**2 - np.prod(HOME.shape) * 100)
+    assert hidden == pytest.approx(cloud.sum() * 400, rel=0.03), "the cloud grew or shrank"
 
 
 BASELINE = {
