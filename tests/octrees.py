@@ -46,7 +46,7 @@ def cube(cloud):
     return low, float((high - low).max()) + 1.0
 
 
-def write_copc(path, cloud, *, span=32, leaf=500, page_level=None, late_wkt=False):
+def write_copc(path, cloud, *, span=32, leaf=500, page_level=None, late_wkt=False, padding=0):
     """A COPC file of a cloud of point format 6, 7 or 8.
 
     Args:
@@ -56,6 +56,7 @@ def write_copc(path, cloud, *, span=32, leaf=500, page_level=None, late_wkt=Fals
         leaf: a node with at most so many points has no children.
         page_level: nodes from this level on stand in pages of their own, one for each subtree.
         late_wkt: put the CRS behind the points.
+        padding: bytes of records of no meaning before the points, at most 65535.
     """
     low, side = cube(cloud)
     nodes = octree(np.column_stack([cloud.x, cloud.y, cloud.z]), low, side, span=span, leaf=leaf)
@@ -67,6 +68,8 @@ def write_copc(path, cloud, *, span=32, leaf=500, page_level=None, late_wkt=Fals
     info = struct.pack("<3d2d2Q2d88x", *(low + side / 2), side / 2, side / span, 0, 0, 0.0, 0.0)
     header.vlrs.append(laspy.VLR(user_id="copc", record_id=1, description="COPC info", record_data=info))
     header.vlrs.append(laspy.VLR("laszip encoded", 22204, "", vlr.record_data()))
+    if padding:
+        header.vlrs.append(laspy.VLR(user_id="padding", record_id=1, description="", record_data=bytes(padding)))
     wkt = [v for v in cloud.header.vlrs if v.user_id == "LASF_Projection"]
     if wkt and not late_wkt:
         header.vlrs.append(wkt[0])

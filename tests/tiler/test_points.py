@@ -23,7 +23,7 @@ from canopy.grid import Grid
 from canopy.tiler.byteranges import Patience, ahead
 from canopy.tiler.las import LasFile
 from canopy.tiler.lidar import LidarOptions, lidar_to_chm
-from canopy.tiler.octree import CopcFile, EptFolder
+from canopy.tiler.octree import HEAD_BYTES, CopcFile, EptFolder
 from canopy.tiler.points import crs_of, open_points, point_sources, z_unit_m_of
 from tests.octrees import write_copc, write_ept
 
@@ -299,6 +299,16 @@ def test_crs_behind_the_points(tmp_path):
     assert open_points(path).crs == UTM
 
 
+def test_a_header_longer_than_what_is_fetched_first(tmp_path, serve_folder):
+    cloud = wood(600)
+    write_copc(tmp_path / "a.copc.laz", cloud, padding=65_500)
+    assert (tmp_path / "a.copc.laz").read_bytes().index(b"LASF_Projection") > HEAD_BYTES
+    for where in (tmp_path / "a.copc.laz", serve_folder(tmp_path).href("a.copc.laz")):
+        source = open_points(where, patience=HASTE)
+        assert source.crs == UTM
+        assert sum(c.size for c in source.chunks()) == 600
+
+
 @pytest.mark.parametrize(
     ("srs", "unit_m"),
     [
@@ -402,10 +412,9 @@ def test_files_that_are_no_clouds(tmp_path, serve_folder, content, message):
     (tmp_path / "a.laz").write_bytes(content)
     with pytest.raises(LidarError, match=message):
         open_points(tmp_path / "a.laz")
-    if content:
-        server = serve_folder(tmp_path)
-        with pytest.raises(LidarError, match=r"a\.laz is no COPC file, and no ept\.json by its name"):
-            open_points(server.href("a.laz"), patience=HASTE)
+    message = r"a\.laz is no COPC file, and no ept\.json by its name" if content else r"a\.laz has no bytes from 0 on"
+    with pytest.raises(LidarError, match=message):
+        open_points(serve_folder(tmp_path).href("a.laz"), patience=HASTE)
 
 
 @pytest.mark.parametrize("kind", ["laz", "ept"])
