@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,13 +39,25 @@ from canopy.mosaicker.publish import (
     write_cog,
 )
 from canopy.tiler.area import Area, BoundsLonLat, area_mask, as_area
-from canopy.tiler.imagery import Band, ImageFiles, Imagery, ImageryInfo, ImagerySource, LocalPaths, ground_gsd_m
+from canopy.tiler.imagery import (
+    Band,
+    ImageFiles,
+    Imagery,
+    ImageryInfo,
+    ImagerySource,
+    LocalPaths,
+    ground_gsd_m,
+    leading_crs,
+    middle,
+    places,
+)
 
 if TYPE_CHECKING:
     import geopandas
 
     from canopy.model.package import Contract, HeightModel
     from canopy.mosaicker.predict import Stages
+    from canopy.tiler.manifest import Manifest
 
 SHEET_PX = 16_384
 """Side of a sheet: a region no larger is one sheet. The pixels do not depend on it."""
@@ -99,7 +111,7 @@ class _Plan:
 def map_region(
     aoi: Area | Path | BoundsLonLat | None = None,
     *,
-    imagery: LocalPaths | ImagerySource,
+    imagery: LocalPaths | Manifest | ImagerySource,
     model: Path | str,
     out: Path,
     gsd_m: float | None = None,
@@ -115,13 +127,15 @@ def map_region(
     Args:
         aoi: Area of interest: an `Area`, a vector file in any CRS, (west, south, east, north) in degrees, or None for the
             whole imagery. Only pixels whose centre lies inside get a value; the model sees the imagery around them too.
-        imagery: An image file with a CRS, a folder of such, a pattern, or a list of these; or any other source of imagery.
-            Of overlapping files the finer gives the pixel, then the newer: see `canopy.tiler.imagery`.
+        imagery: An image file with a CRS, a folder of such, a pattern, or a list of these: of overlapping files the finer
+            gives the pixel, then the newer (see `canopy.tiler.imagery`). Or the manifest of a search of a STAC catalogue, or
+            the JSON file it was written to. Or any other source of imagery.
         model: A model folder, or the name of one.
         out: Folder for the results; created, and refused when it holds anything, unless `overwrite`.
         gsd_m: Ground sampling distance of the map in metres; default the imagery's own, the finest where it is mixed.
         crs: Metric CRS of the map; default the imagery's own if metric, else the UTM zone of its centre.
-        bands: 1-based image bands, or their names, in the order of the model's contract; default all but a mask.
+        bands: 1-based image bands, or their names, in the order of the model's contract; default the bands of these names
+            where the imagery has such, else all but a mask.
         sheet_px: Side of the sheets that the region is cut into; does not change a pixel.
         device: torch device.
         overwrite: Replace the results of an earlier run in `out`, once the new ones are whole.
@@ -136,7 +150,7 @@ def map_region(
     from canopy.model.package import find_model, load_model
 
     started, clock = datetime.now(UTC), time.perf_counter()
-    source = ImageFiles(imagery) if isinstance(imagery, str | os.PathLike | Sequence) else imagery
+    source = imagery_source(imagery)
     _check_device(device)
     height_model = load_model(find_model(model), device=device)
     loaded_s = time.perf_counter() - clock
@@ -173,6 +187,68 @@ def map_region(
     return MapResult(height=out / "height.tif", error=out / "error.tif", run=out / "run.json")
 
 
+# --- imagery -------------------------------------------------------------------------------------------------------------
+
+
+def imagery_source(imagery: LocalPaths | Manifest | ImagerySource) -> ImagerySource:
+    """Imagery from whatever a caller names it by: local files, a STAC manifest or its file, or a source as it is.
+
+    Raises:
+        RasterError: as `ImageFiles`.
+        SourceError: the manifest is damaged.
+    """
+    from canopy.tiler.manifest import Manifest
+
+    if isinstance(imagery, Sequence) and not isinstance(imagery, str) and len(imagery) == 1:
+        imagery = imagery[0]
+    if isinstance(imagery, str | os.PathLike) and Path(imagery).suffix == ".json":
+        return StacScenes(Manifest.read(Path(imagery)), name=os.fspath(imagery))
+    if isinstance(imagery, Manifest):
+        return StacScenes(imagery)
+    return ImageFiles(imagery) if isinstance(imagery, str | os.PathLike | Sequence) else imagery
+
+
+class StacScenes:
+    """The scenes of a search that was frozen to a manifest.
+
+    Args:
+        manifest: The search.
+        name: What to call it in messages; default the source and what was searched.
+    """
+
+    def __init__(self, manifest: Manifest, name: str = "") -> None:
+        self._manifest = manifest
+        catalogue = manifest.source
+        files = [(item, item.assets[band.asset]) for item in manifest.items for band in catalogue.band]
+        grids = [asset.grid for _, asset in files]
+        where = places(grids, [asset.href for _, asset in files])
+        gsds_m = [place.gsd_m for place in where]
+        lon_deg, lat_deg = middle(where)
+        self.info = ImageryInfo(
+            source=name or f"{catalogue.name} over {manifest.search.area}", crs=leading_crs(grids, where),
+            band_count=len(catalogue.band), band_names=tuple(band.name for band in catalogue.band), dtype=catalogue.dtype,
+            gsd_m=min(gsds_m), coarsest_gsd_m=max(gsds_m), coarsest=f"item {files[int(np.argmax(gsds_m))][0].id}",
+            alpha="none", alpha_reason="the bands are those that the source's description names",
+            centre_lon_deg=lon_deg, centre_lat_deg=lat_deg,
+        )  # fmt: skip
+
+    def open(self, lattice: Lattice, bands: Sequence[Band] | None = None) -> AbstractContextManager[Imagery]:
+        """The scenes on `lattice`."""
+        from canopy.tiler.stac import open_stac
+
+        return open_stac(self._manifest, lattice, bands)
+
+    def record(self) -> list[dict[str, Any]]:
+        """Of each scene its item, when it was taken, and its files with their checksums where the catalogue gives them."""
+        return [
+            {
+                "item": f"{item.collection}/{item.id}", "datetime": item.datetime,
+                "files": [{"href": asset.href, "checksum": asset.checksum} for asset in item.assets.values()],
+            }
+            for item in self._manifest.items
+        ]  # fmt: skip
+
+
 # --- planning ------------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +270,9 @@ def _plan(
             f"resampling cannot bring back crowns that it does not show; use finer imagery or another model"
         )
     map_gsd_m = info.gsd_m if gsd_m is None else gsd_m
+    named = {name.casefold(): name for name in info.band_names if name}
+    if bands is None and all(name.casefold() in named for name in contract.bands):
+        bands = [named[name.casefold()] for name in contract.bands]
     contract.check_imagery(band_count=info.band_count if bands is None else len(bands), dtype=info.dtype, gsd_m=map_gsd_m)
     lattice = Lattice(crs=_crs(crs) if crs is not None else info.metric_crs, gsd_m=map_gsd_m)
     layout = Layout(window_px=contract.window_px, stride_px=contract.stride_px)

@@ -17,10 +17,13 @@ from pyproj import CRS, Transformer
 from canopy.errors import AreaError, CanopyError, ContractError, OutputError
 from canopy.grid import Box, Grid, Lattice
 from canopy.model.package import load_model
-from canopy.raster import read_raster, write_raster
+from canopy.raster import open_raster, read_raster, write_raster
 from canopy.region import map_region
 from canopy.tiler.area import area_mask
 from canopy.tiler.imagery import open_imagery
+from canopy.tiler.manifest import AssetRecord, ItemRecord, Manifest, SearchRecord
+from canopy.tiler.sources import Band as StacBand
+from canopy.tiler.sources import StacSource
 
 UTM = CRS.from_epsg(32610)
 LATTICE = Lattice(crs=UTM, gsd_m=0.6)
@@ -280,6 +283,80 @@ def test_one_file_too_coarse_for_the_model_is_named(parts, tiny_model, tmp_path)
     photo(folder / "coarse.tif", Grid(crs=UTM, transform=rasterio.Affine(9, 0, left, 0, -9, top), shape=(20, 20)))
     with pytest.raises(ContractError, match=r"coarse\.tif has a GSD of 9 m"):
         map_region(imagery=folder, model=tiny_model, out=tmp_path / "out")
+
+
+# --- scenes of a catalogue -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """An image without a mask: a catalogue's files say what is nothing by a value."""
+    box = Box(BOX.row0, BOX.col0, BOX.row0 + 90, BOX.col0 + 100)
+    return photo(tmp_path_factory.mktemp("bare") / "photo.tif", LATTICE.grid(box))
+
+
+@pytest.fixture(scope="module")
+def found_scenes(bare, tmp_path_factory):
+    """A search, frozen, that found each part of the image as an item."""
+    folder = cut(tmp_path_factory.mktemp("scenes") / "tiles", bare, (31, 70), (17, 55))
+    names = ("nir", "red", "green", "blue")
+    source = StacSource(
+        name="parts", title="parts of one image", kind="stac-static", endpoint="catalog.json", collection="parts",
+        licence="none", attribution="nobody", gsd_m=0.6, dtype="uint8", value_range=(0, 255),
+        band=[StacBand(name=name, asset="image", index=max(place, 1)) for place, name in enumerate(names)],
+    )  # fmt: skip
+    items = []
+    for path in sorted(folder.iterdir()):
+        with open_raster(path) as raster:
+            grid = raster.grid
+        asset = AssetRecord(href=str(path), crs="EPSG:32610", transform=tuple(grid.transform)[:6], shape=grid.shape)
+        items.append(
+            ItemRecord(
+                id=path.stem,
+                collection="parts",
+                datetime="2020-05-05T10:00:00Z",
+                day=18_387,
+                cloud_percent=None,
+                assets={"image": asset},
+                offset=dict.fromkeys(names, 0.0),
+            )
+        )
+    west, south, east, north = Transformer.from_crs(UTM, "EPSG:4326", always_xy=True).transform_bounds(
+        *LATTICE.grid(BOX).bounds
+    )
+    search = SearchRecord(
+        area="here", bounds_deg=(west, south, east, north), start=None, end=None, max_cloud_percent=None, prefer="newest",
+        date=None, exclude=(),
+    )  # fmt: skip
+    return Manifest(source=source, search=search, items=items)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_manifest_gives_the_map_of_its_files(found_scenes, bare, tiny_model, tmp_path, written):
+    """Of its four bands the model's three are taken by their names."""
+    imagery = found_scenes.write(tmp_path / "scenes.json") if written else found_scenes
+    result = map_region(imagery=imagery, model=tiny_model, out=tmp_path / "out")
+    of_the_file = map_region(imagery=bare, model=tiny_model, out=tmp_path / "file")
+    for one, all_ in zip(bands(result), bands(of_the_file), strict=True):
+        np.testing.assert_array_equal(one, all_)
+    record = json.loads(result.run.read_text())["imagery"]
+    assert record["bands"] == ["red", "green", "blue"]
+    assert [file["item"] for file in record["files"]] == [f"parts/{item.id}" for item in found_scenes.items]
+
+
+def test_bands_are_taken_by_the_names_of_the_contract(image, tiny_model, whole, tmp_path):
+    pixels, grid = read_raster(image)
+    write_raster(
+        tmp_path / "a.tif",
+        pixels.data[[2, 0, 1, 0]],
+        grid=grid,
+        valid=pixels.valid,
+        band_names=["Blue", "Red", "Green", "NIR"],
+    )
+    found, _ = bands(map_region(imagery=tmp_path / "a.tif", model=tiny_model, out=tmp_path / "out"))
+    np.testing.assert_array_equal(found, bands(whole)[0])
+    found, _ = bands(map_region(imagery=tmp_path / "a.tif", model=tiny_model, out=tmp_path / "other", bands=(1, 2, 3)))
+    assert (found[0] != bands(whole)[0][0]).mean() > 0.5
 
 
 # --- areas of interest ---------------------------------------------------------------------------------------------------

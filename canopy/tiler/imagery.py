@@ -218,6 +218,15 @@ class ImageryInfo:
         return self.crs if is_metric(self.crs) else utm_crs(self.centre_lon_deg, self.centre_lat_deg)
 
 
+class Place(NamedTuple):
+    """How fine a raster is, and where."""
+
+    gsd_m: float
+    """As in `ImageryInfo`."""
+    lon_deg: float
+    lat_deg: float
+
+
 class ImageFiles:
     """Local image files, their headers read once.
 
@@ -232,7 +241,11 @@ class ImageFiles:
         found, name, left_out = _find(paths)
         with ThreadPoolExecutor(max_workers=8, thread_name_prefix="header") as readers:
             headers = list(readers.map(_header, found))
-        files = tuple(sorted(_located(headers), key=lambda file: file.preference))
+        located = [
+            replace(file, gsd_m=place.gsd_m, centre_lon_deg=place.lon_deg, centre_lat_deg=place.lat_deg)
+            for file, place in zip(headers, places([f.grid for f in headers], [str(f.path) for f in headers]), strict=True)
+        ]
+        files = tuple(sorted(located, key=lambda file: file.preference))
         first = min(files, key=lambda file: file.path)
         for file in files:
             if file.dtype != first.dtype:
@@ -241,11 +254,13 @@ class ImageFiles:
                     f"share one data type: convert one, or name them apart"
                 )
         alpha, reason = _judge_alpha(files)
-        lon_deg, lat_deg = _centre(files)
+        where = [Place(file.gsd_m, file.centre_lon_deg, file.centre_lat_deg) for file in files]
+        lon_deg, lat_deg = middle(where)
         coarsest = max(files, key=lambda file: file.gsd_m)
         self.info = ImageryInfo(
-            source=name, crs=_leading_crs(files), band_count=len(_bands_of(files[0], None, alpha)),
-            band_names=files[0].band_names, dtype=first.dtype, gsd_m=min(file.gsd_m for file in files),
+            source=name, crs=leading_crs([file.grid for file in files], where),
+            band_count=len(_bands_of(files[0], None, alpha)), band_names=files[0].band_names, dtype=first.dtype,
+            gsd_m=min(file.gsd_m for file in files),
             coarsest_gsd_m=coarsest.gsd_m, coarsest=str(coarsest.path), alpha=alpha, alpha_reason=reason,
             centre_lon_deg=lon_deg, centre_lat_deg=lat_deg, files=files, left_out=left_out,
         )  # fmt: skip
@@ -407,32 +422,39 @@ def _day_taken(raster: Raster) -> int:
     return (taken.date() - date(1970, 1, 1)).days
 
 
-def _located(files: Sequence[ImageFile]) -> list[ImageFile]:
-    """The files with centre and GSD; one transformer for all of a CRS, as making one takes longer than opening a file."""
-    by_crs: dict[str, list[ImageFile]] = defaultdict(list)
-    for file in files:
-        by_crs[file.pixel_grid.crs].append(file)
-    located = []
+def places(grids: Sequence[Grid], names: Sequence[str]) -> list[Place]:
+    """Centre and GSD of each grid; one transformer for all of a CRS, as making one takes longer than opening a file.
+
+    Args:
+        grids: Where the rasters are.
+        names: What to call them in messages.
+
+    Raises:
+        RasterError: a CRS has no known place on Earth, or a centre lies outside its domain.
+    """
+    by_crs: dict[str, list[int]] = defaultdict(list)
+    for index, grid in enumerate(grids):
+        by_crs[grid.crs.srs].append(index)
+    found: dict[int, Place] = {}
     for some in by_crs.values():
-        crs = some[0].grid.crs
+        crs = grids[some[0]].crs
         try:
-            lons, lats, gsds = _on_the_ground(crs, [file.grid for file in some])
+            lons, lats, gsds = _on_the_ground(crs, [grids[i] for i in some])
         except ProjError as error:
             raise RasterError(
-                f"{some[0].path} has the CRS {crs.name!r}, which has no known place on Earth; assign the right one first, "
-                f"for example: rio edit-info --crs EPSG:32610 {some[0].path.name}"
+                f"{names[some[0]]} has the CRS {crs.name!r}, which has no known place on Earth; assign the right one first, "
+                f"for example: rio edit-info --crs EPSG:32610 {Path(names[some[0]]).name}"
             ) from error
         metric = is_metric(crs)
-        for file, lon, lat, gsd_m in zip(some, lons.tolist(), lats.tolist(), gsds.tolist(), strict=True):
+        for index, lon, lat, gsd_m in zip(some, lons.tolist(), lats.tolist(), gsds.tolist(), strict=True):
+            grid = grids[index]
             if not (abs(lon) <= 360 and abs(lat) <= 90):  # infinite where the CRS ends; metres in a CRS of degrees
-                rows, cols = file.grid.shape
                 raise RasterError(
-                    f"{file.path}: the centre {file.grid.xy(cols / 2, rows / 2)} lies outside the domain of {crs.name!r}; "
-                    f"assign the right CRS"
+                    f"{names[index]}: the centre {grid.xy(grid.shape[1] / 2, grid.shape[0] / 2)} lies outside the domain of "
+                    f"{crs.name!r}; assign the right CRS"
                 )
-            own_m = max(file.grid.gsd) if metric else gsd_m
-            located.append(replace(file, gsd_m=own_m, centre_lon_deg=lon, centre_lat_deg=lat))
-    return located
+            found[index] = Place(max(grid.gsd) if metric else gsd_m, lon, lat)
+    return [found[index] for index in range(len(grids))]
 
 
 def _on_the_ground(crs: CRS, grids: Sequence[Grid]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -451,20 +473,21 @@ def _on_the_ground(crs: CRS, grids: Sequence[Grid]) -> tuple[NDArray[Any], NDArr
     return lons[:, 0], lats[:, 0], np.maximum(*sides)
 
 
-def _centre(files: Sequence[ImageFile]) -> tuple[float, float]:
-    """Longitude and latitude of the middle of all files, also across the antimeridian."""
-    if len(files) == 1:
-        return files[0].centre_lon_deg, files[0].centre_lat_deg
-    lon, lat = (np.radians([getattr(f, f"centre_{name}_deg") for f in files]) for name in ("lon", "lat"))
+def middle(where: Sequence[Place]) -> tuple[float, float]:
+    """Longitude and latitude of the middle of all, also across the antimeridian."""
+    if len(where) == 1:
+        return where[0].lon_deg, where[0].lat_deg
+    lon, lat = np.radians([place.lon_deg for place in where]), np.radians([place.lat_deg for place in where])
     x, y, z = (np.cos(lat) * np.cos(lon)).mean(), (np.cos(lat) * np.sin(lon)).mean(), np.sin(lat).mean()
     return math.degrees(math.atan2(y, x)), math.degrees(math.atan2(z, math.hypot(x, y)))
 
 
-def _leading_crs(files: Sequence[ImageFile]) -> CRS:
+def leading_crs(grids: Sequence[Grid], where: Sequence[Place]) -> CRS:
+    """The CRS in which most ground is covered, metric ones before others."""
     covered_m2: dict[str, float] = defaultdict(float)
-    crss = {file.pixel_grid.crs: file.grid.crs for file in files}
-    for file in files:
-        covered_m2[file.pixel_grid.crs] += math.prod(file.grid.shape) * file.gsd_m**2
+    crss = {grid.crs.srs: grid.crs for grid in grids}
+    for grid, place in zip(grids, where, strict=True):
+        covered_m2[grid.crs.srs] += math.prod(grid.shape) * place.gsd_m**2
     return crss[max(covered_m2, key=lambda name: (is_metric(crss[name]), covered_m2[name], name))]
 
 
@@ -573,8 +596,13 @@ class _NativeMosaic:
                 alpha_is_mask=self._alpha_is_mask,
             )  # fmt: skip
             take = left & pixels.valid
-            np.copyto(data[(slice(None), *here)], pixels.data, where=take)
-            owner[here][take] = placed.rank
+            if not take.all():
+                np.copyto(data[(slice(None), *here)], pixels.data, where=take)
+                owner[here][take] = placed.rank
+                continue
+            if part == box:  # the usual case, and as it comes from the file
+                return _Owned(pixels=pixels, owner=np.full(box.shape, placed.rank, np.int32))
+            data[(slice(None), *here)], owner[here] = pixels.data, placed.rank
         return _Owned(pixels=Pixels(data=data, valid=owner >= 0), owner=owner)
 
 
