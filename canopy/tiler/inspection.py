@@ -308,25 +308,25 @@ def choose_chips(index: gpd.GeoDataFrame, count: int, *, judged: bool) -> tuple[
     """The best and the worst chips of a set, each at most `count` and no chip in both.
 
     The worst are those dropped, then those flagged, most findings first, but one of each kind of findings before the second
-    of any: forty chips of water do not hide the one with stripes. The best are kept chips with the most known heights,
-    again site by site. Where nobody judged, best and worst are those with the most and the fewest known heights.
+    of any, and one of each block before its second: forty chips of one river do not hide the one with stripes. The best are
+    kept chips with the most known heights, site by site and block by block in the same way. Where nobody judged, best and
+    worst are those with the most and the fewest known heights.
     """
     table = index.assign(findings=[flags.count(";") + 1 if flags else 0 for flags in index["flags"]])
-    if judged:
-        bad = table[table["quality"] != "keep"].sort_values(
-            ["quality", "findings", "valid_fraction", "id"], ascending=[True, False, True, True]
-        )
-        good = table[table["quality"] == "keep"].sort_values(["valid_fraction", "id"], ascending=[False, True])
-        return _in_turn(good, "site", count), _in_turn(bad, "flags", count)
-    half = len(table) // 2
     ranked = table.sort_values(["valid_fraction", "id"], ascending=[False, True])
-    return _in_turn(ranked.head(len(table) - half), "site", count), _in_turn(ranked.tail(half).iloc[::-1], "site", count)
+    if judged:
+        bad = table[table["quality"] != "keep"]
+        bad = bad.sort_values(["quality", "findings", "valid_fraction", "id"], ascending=[True, False, True, True])
+        return _in_turn(ranked[ranked["quality"] == "keep"], "site", count), _in_turn(bad, "flags", count)
+    half = len(ranked) // 2
+    full, empty = ranked.head(len(ranked) - half), ranked.tail(half).iloc[::-1]
+    return _in_turn(full, "site", count), _in_turn(empty, "site", count)
 
 
 def _in_turn(rows: gpd.GeoDataFrame, key: str, count: int) -> gpd.GeoDataFrame:
-    """The first `count` rows when each value of `key` gives one in turn, in the order of `rows`."""
-    turn = rows.groupby(key, sort=False).cumcount()
-    return rows.assign(turn=turn).sort_values("turn", kind="stable").head(count)
+    """The first `count` rows when each value of `key` gives one in turn, and within it each block; else in their order."""
+    rows = rows.assign(turn=rows.groupby([key, "block"], sort=False).cumcount()).sort_values("turn", kind="stable")
+    return rows.assign(turn=rows.groupby(key, sort=False).cumcount()).sort_values("turn", kind="stable").head(count)
 
 
 # --- charts --------------------------------------------------------------------------------------------------------------
@@ -609,13 +609,17 @@ class _Card:
     """(row, col, 3): the photograph, the same with tall pixels outlined, the heights."""
 
     @property
+    def strip(self) -> NDArray[np.uint8]:
+        """The pictures side by side."""
+        gap = np.full((self.pictures[0].shape[0], 6, 3), 255, np.uint8)
+        return np.concatenate([self.pictures[0], gap, self.pictures[1], gap, self.pictures[2]], axis=1)
+
+    @property
     def data(self) -> str:
         from matplotlib.image import imsave
 
         buffer = io.BytesIO()
-        gap = np.full((self.pictures[0].shape[0], 6, 3), 255, np.uint8)
-        strip = np.concatenate([self.pictures[0], gap, self.pictures[1], gap, self.pictures[2]], axis=1)
-        imsave(buffer, np.ascontiguousarray(strip), format="jpeg", pil_kwargs={"quality": 85})
+        imsave(buffer, np.ascontiguousarray(self.strip), format="jpeg", pil_kwargs={"quality": 85})
         return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
     @property
@@ -630,7 +634,13 @@ def _card(tile_set: Path, row: Any, top_m: float, *, judged: bool) -> _Card:
         site=row.site,
         split=row.split,
         quality=row.quality if judged else "",
-        facts=f"{row.valid_fraction:.0%} known · mean {row.height_mean_m:.1f} m · p95 {row.height_p95_m:.1f} m",
+        facts=" · ".join(
+            (
+                f"{row.valid_fraction:.0%}\u00a0known",
+                f"mean\u00a0{row.height_mean_m:.1f}\u00a0m",
+                f"p95\u00a0{row.height_p95_m:.1f}\u00a0m",
+            )
+        ),  # fmt: skip
         reasons=tuple(reason for reason in row.reasons.split("; ") if reason),
         pictures=_pictures(image, height_m, top_m),
     )
@@ -682,39 +692,43 @@ def _enlarge(values: NDArray[Any], side_px: int) -> NDArray[Any]:
 
 
 def _sheet_figure(cards: Sequence[_Card], title: str, top_m: float, per_line: int = 2) -> Figure:
-    """A contact sheet as one picture."""
+    """A contact sheet as one picture, laid out by hand: each card is its strip under as many lines of text as it needs."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    lines = -(-len(cards) // per_line)
+    width_in, gap_in, line_in = 6.0, 0.3, 0.145
+    strips = [card.strip for card in cards]
     texts = []
     for card in cards:
         head = " · ".join(part for part in (card.split, card.quality, card.facts) if part)
-        texts.append("\n".join([card.id, head, *textwrap.wrap("; ".join(card.reasons), 92)]))
-    heights = [2.0 + 0.16 * max(t.count("\n") + 1 for t in texts[i * per_line : (i + 1) * per_line]) for i in range(lines)]
-    figure = Figure(figsize=(6.4 * per_line, sum(heights) + 0.9), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13)
-    grid = figure.subplots(lines, 3 * per_line, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for axes in grid.flat:
+        texts.append([card.id, head, *(line for reason in card.reasons for line in textwrap.wrap(reason, 98))])
+    high_in = [
+        width_in * strip.shape[0] / strip.shape[1] + line_in * len(text) for strip, text in zip(strips, texts, strict=True)
+    ]
+    lines_in = [max(high_in[first : first + per_line]) + gap_in for first in range(0, len(cards), per_line)]
+    size_in = per_line * (width_in + gap_in) + gap_in, sum(lines_in) + 1.3
+    figure = Figure(figsize=size_in)
+
+    def place(left_in: float, top_in: float, wide_in: float, tall_in: float) -> Axes:
+        """Axes of this size whose upper left corner is so far from the sheet's."""
+        low = size_in[1] - top_in - tall_in
+        return figure.add_axes((left_in / size_in[0], low / size_in[1], wide_in / size_in[0], tall_in / size_in[1]))
+
+    figure.text(gap_in / size_in[0], 1 - 0.2 / size_in[1], title, fontsize=14, va="top")
+    for number, (strip, text) in enumerate(zip(strips, texts, strict=True)):
+        line, column = divmod(number, per_line)
+        left_in, top_in = gap_in + column * (width_in + gap_in), 0.6 + sum(lines_in[:line])
+        words = place(left_in, top_in, width_in, line_in * len(text))
+        words.set_axis_off()
+        words.text(0, 1, "\n".join(text), fontsize=7.5, va="top", linespacing=1.25)
+        axes = place(left_in, top_in + line_in * len(text) + 0.04, width_in, width_in * strip.shape[0] / strip.shape[1])
+        axes.imshow(strip, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
-    for number, (card, text) in enumerate(zip(cards, texts, strict=True)):
-        line, first = divmod(number, per_line)
-        for axes, picture in zip(grid[line, 3 * first : 3 * first + 3], card.pictures, strict=True):
-            axes.imshow(picture, interpolation="nearest")
-        grid[line, 3 * first].set_title(text, fontsize=7, loc="left")
     scale = ScalarMappable(Normalize(0, top_m), colormaps["viridis"])
-    figure.colorbar(
-        scale,
-        ax=grid,
-        location="bottom",
-        shrink=0.3,
-        aspect=40,
-        fraction=0.02,
-        label="height (m), grey: unknown",
-        extend="max",
-    )
+    bar = place(gap_in, size_in[1] - 0.6, 3.0, 0.12)
+    figure.colorbar(scale, cax=bar, orientation="horizontal", label="height (m), grey: no height", extend="max")
     return figure
 
 

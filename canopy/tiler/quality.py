@@ -139,6 +139,8 @@ class Striping(_Check):
     drop: float = Field(default=600.0, ge=0)
     shortest_m: float = Field(default=2.5, gt=0)
     """Shorter wavelengths are the raster's: a CHM of 1 m repeated on pixels of 0.5 m has some at 1 m."""
+    longest_m: float = Field(default=15.0, gt=0)
+    """Longer wavelengths are the land's: groups of trees, meadows, shores."""
     amplitude_m: float = Field(default=0.25, gt=0)
     """Stripes in heights below this amplitude are within the LiDAR's own error."""
     amplitude_share: float = Field(default=0.1, gt=0)
@@ -680,7 +682,7 @@ def _striping(chip: _Chip, check: Striping) -> _Measured | None:
             maps.append(("pulse density", density / density[counted].mean(), counted, check.amplitude_share, " of the mean"))
     cycles = np.fft.fftfreq(max(known.shape), chip.gsd_m)  # per metre
     frequency = np.hypot(*np.meshgrid(cycles, cycles, indexing="ij"))
-    left_out = frequency > 1 / check.shortest_m
+    left_out = (frequency > 1 / check.shortest_m) | (frequency < 1 / check.longest_m)
     photographed = False
     worst = _Measured(0.0, "no stripes")
     for what, values, where, least, unit in maps:
