@@ -51,6 +51,8 @@ app.add_typer(tile_app, name="tile")
 app.add_typer(models_app, name="models")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Bbox = Annotated[tuple[float, float, float, float] | None, typer.Option(help="Area as west south east north, in degrees.")]
+Place = Annotated[str | None, typer.Option(help="Area as the name of a place, which a geocoder is asked for.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")]
 
 
@@ -109,10 +111,8 @@ def tile_build(
     area: Annotated[
         Path | None, typer.Option(help="Area in place of the recipe's (GeoJSON, GeoPackage, GeoParquet).")
     ] = None,
-    bbox: Annotated[
-        tuple[float, float, float, float] | None, typer.Option(help="Area as west south east north, in degrees.")
-    ] = None,
-    place: Annotated[str | None, typer.Option(help="Area as the name of a place, which a geocoder is asked for.")] = None,
+    bbox: Bbox = None,
+    place: Place = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes; default: as many as the work is worth, at most one a core.")
     ] = None,
@@ -240,6 +240,46 @@ def train(
     typer.echo(f"{folder}: read card.md for its scores")
 
 
+@app.command()
+def search(
+    source: Annotated[str, typer.Argument(help="Source by name (naip, sentinel-2-l2a, 3dep) or path of its TOML.")],
+    aoi: Annotated[Path | None, typer.Argument(help="Area of interest (GeoJSON, GeoPackage, GeoParquet).")] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Manifest to write (JSON).")],
+    bbox: Bbox = None,
+    place: Place = None,
+    start: Annotated[str | None, typer.Option(help="First day, for example 2021-06-01.")] = None,
+    end: Annotated[str | None, typer.Option(help="Last day.")] = None,
+    prefer: Annotated[
+        str, typer.Option(help="Which of several images gives a pixel: newest, least-cloud, or closest to --date.")
+    ] = "newest",
+    date: Annotated[str | None, typer.Option(help="The day that closest means.")] = None,
+    max_cloud: Annotated[float | None, typer.Option(help="Most cloud cover of an image, in percent.")] = None,
+    survey: Annotated[str | None, typer.Option(help="The one LiDAR survey to use.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Find imagery or LiDAR of an area in a catalogue, and freeze what was found into a manifest.
+
+    Example: canopy search naip area.geojson --start 2021-01-01 --out naip.json
+    """
+    import pandas as pd
+
+    from canopy.tiler.find import find
+
+    result = find(
+        source, _area(aoi, bbox, place), out=out, start=start, end=end, prefer=prefer, date=date,
+        max_cloud_percent=max_cloud, survey=survey, overwrite=overwrite,
+    )  # fmt: skip
+    if as_json:
+        _print_json({"manifest": str(out), "found": [dict(zip(result.columns, row, strict=True)) for row in result.rows]})
+        return
+    typer.echo(pd.DataFrame(result.rows, columns=list(result.columns)).to_string(index=False, na_rep="-"))
+    for line in result.remarks:
+        typer.echo(line)
+    typer.echo(f"{out}")
+
+
 @app.command("map")
 def map_(
     aoi: Annotated[
@@ -247,18 +287,27 @@ def map_(
     ] = None,
     *,
     imagery: Annotated[
-        list[Path], typer.Option(help="Image file with a CRS, a folder of such, or a quoted pattern; may be repeated.")
+        list[Path],
+        typer.Option(
+            help="Image file with a CRS, a folder of such, or a quoted pattern, may be repeated; "
+            "or a manifest made by canopy search."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for height.tif, error.tif and run.json.")],
     model: Annotated[str, typer.Option(help="Model folder or name.")] = "canopy-sample",
-    bbox: Annotated[
-        tuple[float, float, float, float] | None, typer.Option(help="Area as west south east north, in degrees.")
+    bbox: Bbox = None,
+    place: Place = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder to keep what is fetched for a manifest, for later runs."),
     ] = None,
     gsd: Annotated[float | None, typer.Option(help="Pixel size of the map in metres; default: the image's own.")] = None,
     crs: Annotated[
         str | None, typer.Option(help="Metric CRS of the map; default: the image's own, or its UTM zone.")
     ] = None,
-    bands: Annotated[str | None, typer.Option(help="Image bands in the model's order, for example 1,2,3.")] = None,
+    bands: Annotated[
+        str | None, typer.Option(help="Image bands in the model's order, for example 1,2,3 or red,green,blue.")
+    ] = None,
     sheet_size: Annotated[int | None, typer.Option(help="Side of the working sheets in pixels; changes no pixel.")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")] = "cpu",
     overwrite: Overwrite = False,
@@ -268,14 +317,13 @@ def map_(
 
     Example: canopy map area.geojson --imagery photo.tif --model models/canopy-sample --out map
     """
-    from canopy.errors import AreaError
     from canopy.region import SHEET_PX, map_region
+    from canopy.tiler.find import imagery_source
 
-    if aoi is not None and bbox is not None:
-        raise AreaError(f"both an area ({aoi}) and --bbox are given; give one of them")
+    area = _area(aoi, bbox, place)
     with _progress() as progress:
         result = map_region(
-            aoi if aoi is not None else bbox, imagery=imagery, model=model, out=out, gsd_m=gsd, crs=crs,
+            area, imagery=imagery_source(imagery, cache), model=model, out=out, gsd_m=gsd, crs=crs,
             bands=_band_list(bands), sheet_px=SHEET_PX if sheet_size is None else sheet_size, device=device,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
@@ -333,13 +381,13 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def _band_list(text: str | None) -> tuple[int, ...] | None:
+def _band_list(text: str | None) -> tuple[int | str, ...] | None:
     if text is None:
         return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise CanopyError(f"--bands {text!r} is not a list of numbers; give for example 1,2,3") from None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise CanopyError(f"--bands {text!r} has an empty place; give for example 1,2,3 or red,green,blue")
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
 def _area(

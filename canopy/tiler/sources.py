@@ -191,6 +191,11 @@ def _shelves() -> tuple[Path, Path]:
     return Path("data"), Path(canopy.__file__).parents[1] / "data"
 
 
+def known_sources() -> list[str]:
+    """The names of the sources in ./data and in the data folder of the source checkout."""
+    return sorted({path.stem for shelf in _shelves() for path in shelf.glob(f"*{SUFFIX}")} - {"template"})
+
+
 def find_source(name_or_path: Path | str) -> Path:
     """The description of a source given by path, or by name in ./data or in the data folder of the source checkout.
 
@@ -200,10 +205,9 @@ def find_source(name_or_path: Path | str) -> Path:
     for candidate in (Path(name_or_path), *(shelf / f"{name_or_path}{SUFFIX}" for shelf in _shelves())):
         if candidate.is_file() and candidate.suffix == SUFFIX:
             return candidate
-    known = sorted({path.stem for shelf in _shelves() for path in shelf.glob(f"*{SUFFIX}")})
     raise SourceError(
-        f"no source {str(name_or_path)!r}: neither a description (TOML) nor one of {', '.join(known) or 'none'}; give the "
-        f"path of one, for example a copy of data/template.toml"
+        f"no source {str(name_or_path)!r}: neither a description (TOML) nor one of {', '.join(known_sources()) or 'none'}; "
+        f"give the path of one, for example a copy of data/template.toml"
     )
 
 
