@@ -10,12 +10,24 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
 
 from canopy.errors import LidarError
-from canopy.tiler.byteranges import PATIENCE, LocalBytes, LocalFolder, Patience, RemoteBytes, RemoteFolder, Sign, is_link
+from canopy.tiler.byteranges import (
+    CONNECTIONS,
+    PATIENCE,
+    LocalBytes,
+    LocalFolder,
+    Patience,
+    RemoteBytes,
+    RemoteFolder,
+    Sign,
+    ahead,
+    is_link,
+)
 from canopy.tiler.las import (
     CHUNK_POINTS,
     Bounds,
@@ -104,7 +116,10 @@ def point_sources(
         where = cast("Sequence[Points]", where)
         if not where:
             raise LidarError("no point cloud given; name at least one LAS or LAZ file")
-        return [source for one in where for source in point_sources(one, sign=sign, patience=patience)]
+        # Links answer slowly and independently, files at once.
+        workers = CONNECTIONS if any(map(is_link, where)) else 1
+        found_of = partial(point_sources, sign=sign, patience=patience)
+        return [source for found in ahead(where, found_of, workers) for source in found]
     if is_link(where):
         return [open_points(str(where), sign=sign, patience=patience)]
     path = Path(where)

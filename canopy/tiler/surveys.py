@@ -28,7 +28,7 @@ from canopy.errors import ImageryError, LidarError, OutputError, SourceError
 from canopy.settings import first_problem, nearest, read_settings
 from canopy.tiler.area import Area, BoundsLonLat
 from canopy.tiler.byteranges import PATIENCE, Patience, fetch
-from canopy.tiler.points import PointSource, open_points
+from canopy.tiler.points import PointSource, point_sources
 from canopy.tiler.remote import Patience as CataloguePatience
 from canopy.tiler.remote import in_utc, reason_of, remedy_for, stac_io
 from canopy.tiler.sources import NoSigning, PlanetaryComputerSigning, find_source
@@ -41,6 +41,9 @@ PAGE_ITEMS: Final = 100
 """Items asked for in one request of a search."""
 MIN_PART: Final = 1e-6
 """A survey that adds less than this share of the area is left out: borders of footprints are not exact to that."""
+FOOTPRINT_MARGIN_DEG: Final = 0.002
+"""So far beyond its footprint a cloud may reach, about 200 m: footprints in catalogues and files do not always agree
+(https://github.com/microsoft/PlanetaryComputer/issues/323)."""
 _FRESH_S: Final = 2.0
 """A token younger than this is not the one that a server has just refused: another thread has renewed it."""
 
@@ -126,6 +129,8 @@ class CloudRecord(_Frozen):
     points: int | None
     density_per_m2: float | None
     """Mean over the cloud, where the catalogue says it."""
+    bounds_deg: BoundsLonLat
+    """Box around its footprint."""
 
 
 class Survey(_Frozen):
@@ -214,17 +219,30 @@ class PointsManifest(_Frozen):
         except ValidationError as error:
             raise SourceError(f"{path} is no manifest of points ({first_problem(error, cls)}); search again") from error
 
-    def open(self, survey: Survey, *, patience: Patience = PATIENCE) -> list[PointSource]:
+    def open(
+        self, survey: Survey, *, bounds_deg: BoundsLonLat | None = None, patience: Patience = PATIENCE
+    ) -> list[PointSource]:
         """The clouds of one of the surveys, with links that are signed where the source wants it.
 
+        Args:
+            survey: one of `surveys`.
+            bounds_deg: only the clouds near this box: (west, south, east, north) in degrees.
+            patience: how long a service may fail.
+
         Raises:
-            LidarError: as `open_points`.
+            LidarError: as `canopy.tiler.points.open_points`.
         """
         catalogue = self.source.of_kind(self.search.catalogue)
         sign = None
         if isinstance(catalogue, StacOfPoints) and isinstance(catalogue.signing, PlanetaryComputerSigning):
             sign = TokenSign(catalogue.signing, patience)
-        return [open_points(cloud.href, sign=sign, patience=patience) for cloud in survey.clouds]
+        near = [c.href for c in survey.clouds if bounds_deg is None or _near(c.bounds_deg, bounds_deg)]
+        return point_sources(near, sign=sign, patience=patience) if near else []
+
+
+def _near(a: BoundsLonLat, b: BoundsLonLat) -> bool:
+    margin = FOOTPRINT_MARGIN_DEG
+    return a[0] - margin <= b[2] and b[0] <= a[2] + margin and a[1] - margin <= b[3] and b[1] <= a[3] + margin
 
 
 # --- signatures ------------------------------------------------------------------------------------------------------------
@@ -450,9 +468,10 @@ def _of_item(item: pystac.Item, source: PointsSource, listed: StacOfPoints) -> _
     common = item.common_metadata
     begins, ends = common.start_datetime or item.datetime, common.end_datetime or item.datetime
     points, density = asked.get("pc:count"), asked.get("pc:density")
+    footprint = shape(item.geometry)
     return _Found(
         survey=str(asked.get(listed.survey_property) or item.id) if listed.survey_property else item.id,
-        footprint=shape(item.geometry),
+        footprint=footprint,
         record=CloudRecord(
             id=item.id,
             href=item.assets[listed.asset].href,
@@ -461,8 +480,14 @@ def _of_item(item: pystac.Item, source: PointsSource, listed: StacOfPoints) -> _
             crs=_declared_crs(item),
             points=None if points is None else int(points),
             density_per_m2=None if density is None else float(density),
+            bounds_deg=_bounds_of(footprint),
         ),
     )
+
+
+def _bounds_of(footprint: BaseGeometry) -> BoundsLonLat:
+    west, south, east, north = (round(float(edge), 7) for edge in footprint.bounds)
+    return west, south, east, north
 
 
 def _date_of(when: datetime | None) -> str | None:
@@ -499,6 +524,7 @@ def _of_index(source: PointsSource, listed: EptIndex, area: Area, patience: Pati
             record = CloudRecord(
                 id=str(told["name"]), href=str(told["url"]), start=None, end=None, crs=None,
                 points=None if told.get("count") is None else int(told["count"]), density_per_m2=None,
+                bounds_deg=_bounds_of(footprint),
             )  # fmt: skip
             # Footprints traced from tiles cross themselves now and then.
             valid = footprint if footprint.is_valid else shapely.make_valid(footprint)

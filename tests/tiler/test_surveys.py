@@ -172,6 +172,10 @@ def test_from_the_catalogue_to_the_points_with_signatures(stac_api, serve_folder
     inside = (cloud.x >= bounds[0]) & (cloud.x <= bounds[2]) & (cloud.y >= bounds[1]) & (cloud.y <= bounds[3])
     found = np.concatenate([c.x for s in sources for c in s.chunks(bounds)])
     np.testing.assert_array_equal(np.sort(found), np.sort(cloud.x[inside]))
+    # 100 m and 200 m from the halves' footprints: one is within their error, the other is not.
+    (alone,) = manifest.open(survey, bounds_deg=degrees(-300, 0, -100, 100), patience=HASTE)
+    assert alone.name.endswith("/west.copc.laz")
+    assert manifest.open(survey, bounds_deg=degrees(-900, 0, -500, 100), patience=HASTE) == []
     other = signing.model_copy(update={"hosts": (".example.org",)})
     unsigned = search_points(source_of(stac_api([COLLECTION], items), signing=other), AREA, patience=HASTE)
     with pytest.raises(LidarError, match=r"not for everybody \(HTTP 403\)"):
