@@ -640,7 +640,7 @@ def _card(tile_set: Path, row: Any, top_m: float, *, judged: bool) -> _Card:
                 f"mean\u00a0{row.height_mean_m:.1f}\u00a0m",
                 f"p95\u00a0{row.height_p95_m:.1f}\u00a0m",
             )
-        ),  # fmt: skip
+        ),
         reasons=tuple(reason for reason in row.reasons.split("; ") if reason),
         pictures=_pictures(image, height_m, top_m),
     )
