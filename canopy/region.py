@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,18 +39,7 @@ from canopy.mosaicker.publish import (
     write_cog,
 )
 from canopy.tiler.area import Area, BoundsLonLat, area_mask, as_area
-from canopy.tiler.imagery import (
-    Band,
-    ImageFiles,
-    Imagery,
-    ImageryInfo,
-    ImagerySource,
-    LocalPaths,
-    ground_gsd_m,
-    leading_crs,
-    middle,
-    places,
-)
+from canopy.tiler.imagery import Band, ImageFiles, Imagery, ImageryInfo, ImagerySource, LocalPaths, ground_gsd_m
 
 if TYPE_CHECKING:
     import geopandas
@@ -202,51 +191,12 @@ def imagery_source(imagery: LocalPaths | Manifest | ImagerySource) -> ImagerySou
     if isinstance(imagery, Sequence) and not isinstance(imagery, str) and len(imagery) == 1:
         imagery = imagery[0]
     if isinstance(imagery, str | os.PathLike) and Path(imagery).suffix == ".json":
-        return StacScenes(Manifest.read(Path(imagery)), name=os.fspath(imagery))
+        imagery = Manifest.read(Path(imagery))
     if isinstance(imagery, Manifest):
-        return StacScenes(imagery)
+        from canopy.tiler.stac import StacItems
+
+        return StacItems(imagery)
     return ImageFiles(imagery) if isinstance(imagery, str | os.PathLike | Sequence) else imagery
-
-
-class StacScenes:
-    """The scenes of a search that was frozen to a manifest.
-
-    Args:
-        manifest: The search.
-        name: What to call it in messages; default the source and what was searched.
-    """
-
-    def __init__(self, manifest: Manifest, name: str = "") -> None:
-        self._manifest = manifest
-        catalogue = manifest.source
-        files = [(item, item.assets[band.asset]) for item in manifest.items for band in catalogue.band]
-        grids = [asset.grid for _, asset in files]
-        where = places(grids, [asset.href for _, asset in files])
-        gsds_m = [place.gsd_m for place in where]
-        lon_deg, lat_deg = middle(where)
-        self.info = ImageryInfo(
-            source=name or f"{catalogue.name} over {manifest.search.area}", crs=leading_crs(grids, where),
-            band_count=len(catalogue.band), band_names=tuple(band.name for band in catalogue.band), dtype=catalogue.dtype,
-            gsd_m=min(gsds_m), coarsest_gsd_m=max(gsds_m), coarsest=f"item {files[int(np.argmax(gsds_m))][0].id}",
-            alpha="none", alpha_reason="the bands are those that the source's description names",
-            centre_lon_deg=lon_deg, centre_lat_deg=lat_deg,
-        )  # fmt: skip
-
-    def open(self, lattice: Lattice, bands: Sequence[Band] | None = None) -> AbstractContextManager[Imagery]:
-        """The scenes on `lattice`."""
-        from canopy.tiler.stac import open_stac
-
-        return open_stac(self._manifest, lattice, bands)
-
-    def record(self) -> list[dict[str, Any]]:
-        """Of each scene its item, when it was taken, and its files with their checksums where the catalogue gives them."""
-        return [
-            {
-                "item": f"{item.collection}/{item.id}", "datetime": item.datetime,
-                "files": [{"href": asset.href, "checksum": asset.checksum} for asset in item.assets.values()],
-            }
-            for item in self._manifest.items
-        ]  # fmt: skip
 
 
 # --- planning ------------------------------------------------------------------------------------------------------------
@@ -446,7 +396,7 @@ def _work_folder(out: Path, *, overwrite: bool, need_bytes: int) -> Any:
 
 def _tags(plan: _Plan, contract: Contract) -> dict[str, str]:
     """Tags of both files: what the numbers mean and what they come from. No dates: the same run gives the same bytes."""
-    calibration = contract.calibration
+    calibration, scenes = contract.calibration, len(plan.source.record())
     if calibration is None:
         promise = f"uncalibrated: {GAUSSIAN_90:g} times the model's spread, coverage not measured"
     else:
@@ -459,7 +409,7 @@ def _tags(plan: _Plan, contract: Contract) -> dict[str, str]:
         "CANOPY_MODEL": f"{contract.name} {contract.version}",
         "CANOPY_MODEL_SHA256": contract.weights_sha256,
         "CANOPY_CALIBRATION": promise,
-        "CANOPY_IMAGERY": Path(plan.info.source).name,
+        "CANOPY_IMAGERY": Path(plan.info.source).name + (f", {scenes} files or items" if scenes > 1 else ""),
         "CANOPY_IMAGERY_RESAMPLING": plan.resampled,
         "CANOPY_WINDOW_PX": f"{plan.layout.window_px} every {plan.layout.stride_px}",
     }

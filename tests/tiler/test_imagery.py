@@ -857,6 +857,21 @@ def test_an_internal_mask_counts_beside_near_infrared(tmp_path):
             np.testing.assert_array_equal(source.read(source.box).valid, mask)
 
 
+def test_a_mask_in_a_file_of_its_own_counts(tmp_path):
+    """GDAL writes NAME.tif.msk when it is not told to keep the mask inside; a folder does not list it as an image."""
+    box = lattice_box(30, 40)
+    mask = np.random.default_rng(1).random(box.shape) < 0.8
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK="NO"), rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", width=40, height=30, count=3, dtype="uint8", crs=UTM.to_wkt(),
+        transform=LATTICE.grid(box).transform,
+    ) as dataset:  # fmt: skip
+        dataset.write(noise(3, 30, 40))
+        dataset.write_mask(mask)
+    assert (tmp_path / "a.tif.msk").exists()
+    with open_imagery(tmp_path, LATTICE) as source:
+        same(source.read(box), Pixels(data=noise(3, 30, 40) * mask, valid=mask))
+
+
 def test_near_infrared_has_no_weight_when_warped(tmp_path):
     """Each band of the warped four is what it is when warped alone; where near infrared is 0 the others stay."""
     nir, _ = alphas(300, 280)["near infrared"]
