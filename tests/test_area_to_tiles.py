@@ -1,5 +1,5 @@
-"""From an area of interest to an audited tile set and a map, as a user's run goes: the command line, a STAC API of imagery, one
-of LiDAR surveys, signed files behind HTTP ranges, and services that fail on the way."""
+"""From an area to an audited tile set and a map, as a user goes: the command line, a STAC API of photographs, one of LiDAR
+surveys, signed files behind HTTP ranges, and services that fail on the way."""
 
 import json
 import shutil
