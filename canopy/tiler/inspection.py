@@ -710,24 +710,20 @@ def _sheet_figure(cards: Sequence[_Card], title: str, top_m: float, per_line: in
     lines_in = [max(high_in[first : first + per_line]) + gap_in for first in range(0, len(cards), per_line)]
     size_in = per_line * (width_in + gap_in) + gap_in, sum(lines_in) + 1.3
     figure = Figure(figsize=size_in)
-
-    def place(left_in: float, top_in: float, wide_in: float, tall_in: float) -> Axes:
-        """Axes of this size whose upper left corner is so far from the sheet's."""
-        low = size_in[1] - top_in - tall_in
-        return figure.add_axes((left_in / size_in[0], low / size_in[1], wide_in / size_in[0], tall_in / size_in[1]))
-
-    figure.text(gap_in / size_in[0], 1 - 0.2 / size_in[1], title, fontsize=14, va="top")
+    # One set of axes in inches from the upper left corner: forty of them take ten times as long to draw.
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.text(gap_in, 0.2, title, fontsize=14, va="top")
     for number, (strip, text) in enumerate(zip(strips, texts, strict=True)):
         line, column = divmod(number, per_line)
         left_in, top_in = gap_in + column * (width_in + gap_in), 0.6 + sum(lines_in[:line])
-        words = place(left_in, top_in, width_in, line_in * len(text))
-        words.set_axis_off()
-        words.text(0, 1, "\n".join(text), fontsize=7.5, va="top", linespacing=1.25)
-        axes = place(left_in, top_in + line_in * len(text) + 0.04, width_in, width_in * strip.shape[0] / strip.shape[1])
-        axes.imshow(strip, interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
+        axes.text(left_in, top_in, "\n".join(text), fontsize=7.5, va="top", linespacing=1.25)
+        top_in += line_in * len(text) + 0.04
+        bottom_in = top_in + width_in * strip.shape[0] / strip.shape[1]
+        axes.imshow(strip, interpolation="nearest", extent=(left_in, left_in + width_in, bottom_in, top_in))
+    axes.set(xlim=(0, size_in[0]), ylim=(size_in[1], 0), aspect="auto")
     scale = ScalarMappable(Normalize(0, top_m), colormaps["viridis"])
-    bar = place(gap_in, size_in[1] - 0.6, 3.0, 0.12)
+    bar = figure.add_axes((gap_in / size_in[0], 0.48 / size_in[1], 3.0 / size_in[0], 0.12 / size_in[1]))
     figure.colorbar(scale, cax=bar, orientation="horizontal", label="height (m), grey: no height", extend="max")
     return figure
 
