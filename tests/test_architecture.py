@@ -383,7 +383,8 @@ def test_canopy_commands_of_the_readme_exist():
     commands = [words[1:] for words in readme_commands() if words[0] == "canopy"]
     assert commands
     for command, *words in commands:
-        done = python(HELP.format(words=[command], heavy=[]))
+        group = [command, "build" if words[0] != "inspect" else "inspect"] if command == "tile" else [command]
+        done = python(HELP.format(words=group, heavy=[]))
         assert done.returncode == 0, f"canopy {command}: {done.stderr}"
         missing = [word for word in words if word.startswith("--") and word not in done.stdout]
         assert not missing, f"canopy {command} has no {missing}"
@@ -399,5 +400,5 @@ def test_the_lock_is_names_and_versions_of_what_is_declared():
     assert lines == sorted(lines, key=lambda line: line.split("==")[0])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    names = {re.split(r"[\[<>=!~; ]", line)[0].lower().replace("_", "-") for line in declared}
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; ]", line)[0].lower()) for line in declared}
     assert names <= locked, f"not locked: {names - locked}"
