@@ -226,8 +226,7 @@ def _find_by_api(request: _Request, patience: Patience) -> list[pystac.Item]:
 
     source, first, last, limit = request.source, request.first, request.last, request.cloud_percent
     with _asking(source, patience):
-        # Without its own time limit the client takes away that of its reader.
-        client = Client.open(source.endpoint, stac_io=stac_io(patience), timeout=patience.timeout_s)
+        client = Client.open(source.endpoint, stac_io=stac_io(patience))
         interval = None
         if first or last:
             begins = f"{first}T00:00:00Z" if first else ".."

@@ -408,7 +408,7 @@ class LocalImagery:
         """A layer's part in a warp tile; unless `exact`, any of its files stands for all as the owner."""
         target = self.lattice.grid(box)
         endless = Grid(crs=layer.crs, transform=pixel_grid.transform, shape=(1, 1))
-        cols, rows = endless.pixel(*layer.to_image.transform(*_edges(target, _EDGE_STEPS)))
+        cols, rows = endless.pixel(*layer.to_image.transform(*edges(target, _EDGE_STEPS)))
         if not (np.isfinite(cols).all() and np.isfinite(rows).all()):
             raise GridError(
                 f"{layer.mosaic.placed[0].file.path} lies at the end of the domain of {layer.crs.name!r}; map it in another "
@@ -475,7 +475,7 @@ def _boxes_on(lattice: Lattice, files: Sequence[ImageFile], native: Sequence[Box
             by_crs[file.pixel_grid.crs].append(index)
     for some in by_crs.values():
         to_lattice = Transformer.from_crs(files[some[0]].grid.crs, lattice.crs, always_xy=True)
-        points = np.array([_edges(files[i].grid, 4 * _EDGE_STEPS) for i in some])  # (file, x or y, point)
+        points = np.array([edges(files[i].grid, 4 * _EDGE_STEPS) for i in some])  # (file, x or y, point)
         xs, ys = to_lattice.transform(points[:, 0], points[:, 1])
         for index, x, y in zip(some, xs, ys, strict=True):
             if not (np.isfinite(x).all() and np.isfinite(y).all()):
@@ -486,7 +486,7 @@ def _boxes_on(lattice: Lattice, files: Sequence[ImageFile], native: Sequence[Box
     return [box for box in found if box is not None]
 
 
-def _edges(grid: Grid, steps: int) -> tuple[Any, Any]:
+def edges(grid: Grid, steps: int) -> tuple[Any, Any]:
     """CRS coordinates (xs, ys) of `steps` points along each of the four edges of a grid."""
     rows, cols = grid.shape
     t = np.linspace(0.0, 1.0, steps)

@@ -94,6 +94,10 @@ def stac_io(patience: Patience) -> Any:
             # The client's own reading takes every collection for one of an API; those of static catalogues are files.
             return pystac.StacIO.stac_object_from_dict(self, d, *args, **kwargs)
 
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            # A client that is opened without a time limit of its own would take this one away.
+            super().update(*args, **kwargs | {"timeout": patience.timeout_s})
+
     retry = Retry(
         total=patience.attempts - 1, backoff_factor=patience.delay_s, status_forcelist=(429, 500, 502, 503, 504),
         allowed_methods=None, raise_on_status=False, respect_retry_after_header=True,

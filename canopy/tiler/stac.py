@@ -34,7 +34,7 @@ from canopy.errors import GridError, ImageryError, OutputError, SourceError
 from canopy.grid import Box, Grid, Lattice, is_metric
 from canopy.raster import Pixels, warp
 from canopy.tiler.catalogue import search, search_once
-from canopy.tiler.imagery import NO_DATE, ImageryInfo, ground_gsd_m
+from canopy.tiler.imagery import NO_DATE, ImageryInfo, edges, ground_gsd_m
 from canopy.tiler.manifest import ItemRecord, Manifest
 from canopy.tiler.remote import AssetBands, Header, Patience, Reader, stage
 from canopy.tiler.sources import StacSource, load_source
@@ -398,18 +398,10 @@ def _same_code(one: CRS, other: CRS) -> bool:
     return code is not None and code == other.to_epsg(min_confidence=70)
 
 
-def _edges(grid: Grid, steps: int) -> tuple[Any, Any]:
-    """CRS coordinates (xs, ys) of `steps` points along each of the four edges of a grid."""
-    rows, cols = grid.shape
-    t = np.linspace(0.0, 1.0, steps)
-    low, high = np.zeros(steps), np.ones(steps)
-    return grid.xy(np.concatenate([t, t, low, high]) * cols, np.concatenate([low, high, t, t]) * rows)
-
-
 def _source_window(target: Grid, source: Grid) -> tuple[tuple[int, int], tuple[int, int]]:
     """First pixel (row, col) and shape of what a warp onto `target` needs of `source`; may hang over its edges."""
     to_source = Transformer.from_crs(target.crs, source.crs, always_xy=True)
-    cols, rows = source.pixel(*to_source.transform(*_edges(target, _EDGE_STEPS)))
+    cols, rows = source.pixel(*to_source.transform(*edges(target, _EDGE_STEPS)))
     if not (np.isfinite(cols).all() and np.isfinite(rows).all()):
         raise GridError(
             f"a tile in {target.crs.name!r} leaves the domain of {source.crs.name!r}, the CRS of an item; choose another"
@@ -428,7 +420,7 @@ def _box_of(grid: Grid, lattice: Lattice, item: str) -> Box:
     if own is not None:
         return own
     to_lattice = Transformer.from_crs(grid.crs, lattice.crs, always_xy=True)
-    xs, ys = to_lattice.transform(*_edges(grid, 4 * _EDGE_STEPS))
+    xs, ys = to_lattice.transform(*edges(grid, 4 * _EDGE_STEPS))
     if not (np.isfinite(xs).all() and np.isfinite(ys).all()):
         raise GridError(f"item {item} reaches outside the domain of {lattice.crs.name!r}; choose another CRS with --crs")
     return lattice.covering((xs.min(), ys.min(), xs.max(), ys.max()))
