@@ -22,9 +22,11 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -52,12 +54,14 @@ Severity = Literal["leak", "warning"]
 LEARNS_FIRST: Final = ("train", "val", "test")
 """What the first has seen must not be in the later ones. Other names of splits stand before test, in alphabetical order."""
 
-ID_COLUMNS: Final = ("id",)
 IMAGE_COLUMNS: Final = ("image", "image_path")
 HEIGHT_COLUMNS: Final = ("height", "height_path", "label", "label_path")
 LINEAGE_COLUMNS: Final = ("derived_from", "lineage")
-"""Columns that are used where they exist; the first of each line counts. Paths are relative to the table's folder. An entry
-of lineage is a list, or names with a semicolon between them: ids, items, acquisitions, digests or products."""
+"""Columns that are used where they exist, besides `id`; the first of each line counts.
+
+Paths are relative to the table's folder. An entry of lineage is a list, or names with a semicolon between them: ids, items,
+acquisitions, digests or products.
+"""
 
 MOST_EXAMPLES: Final = 1000
 """Pairs that a finding lists, worst first; it counts them all."""
@@ -72,7 +76,6 @@ NEAR_M: Final = 100_000.0
 """Up to here distances are from edge to edge, in a local projection; beyond, between corners on the ellipsoid."""
 
 _STRIP_DEG: Final = 3.0
-_POLAR_DEG: Final = 84.0
 _EARTH_RADIUS_M: Final = 6_371_000.0
 _QUANTILES: Final = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _CURVE_POINTS: Final = 101
@@ -260,7 +263,8 @@ def write_report(report: AuditReport, path: Path) -> Path:
         part.write_text(text + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise OutputError(f"cannot write {path} ({error.strerror}); choose another place with --out") from error
     return path
 
@@ -374,8 +378,12 @@ def _read(table: Path) -> gpd.GeoDataFrame:
 
 
 def _side(name: str, frame: gpd.GeoDataFrame, table: Path) -> _Side:
-    ids = next((tuple(frame[c].astype(str)) for c in ID_COLUMNS if c in frame.columns), None)
-    ids = tuple(f"row {row}" for row in frame.index) if ids is None else ids
+    if "id" in frame.columns:
+        # The order of the rows is no property of a split, and must not show in the report.
+        frame = frame.assign(id=frame["id"].astype(str)).sort_values("id", kind="stable")
+        ids = tuple(frame["id"])
+    else:
+        ids = tuple(f"row {row}" for row in frame.index)
     return _Side(
         name=name,
         table=table,
@@ -404,13 +412,31 @@ def _in_degrees(frame: gpd.GeoDataFrame, table: Path) -> NDArray[Any]:
     """Footprints on WGS 84. Long edges are cut first: what is straight in one CRS is not in another."""
     crs = CRS.from_user_input(frame.crs)
     longest = 0.01 if crs.is_geographic else 1000.0 / (crs.axis_info[0].unit_conversion_factor or 1.0)
-    outlines: NDArray[Any] = shapely.segmentize(frame.geometry.to_numpy(), longest)
+    outlines: NDArray[Any] = frame.geometry.to_numpy()
+    unheld = AuditError(f"{table} has footprints that {crs.name} cannot hold; correct its CRS")
+    if not np.isfinite(shapely.bounds(outlines)).all():
+        raise unheld
+    outlines = shapely.segmentize(_unwrapped(outlines) if crs.is_geographic else outlines, longest)
     if not crs.equals(CRS.from_epsg(4326), ignore_axis_order=True):
         to_degrees = Transformer.from_crs(crs, "EPSG:4326", always_xy=True)
         outlines = shapely.transform(outlines, to_degrees.transform, interleaved=False)
     if not np.isfinite(shapely.bounds(outlines)).all():
-        raise AuditError(f"{table} has footprints that {crs.name} cannot hold; correct its CRS")
+        raise unheld
     return outlines
+
+
+def _unwrapped(outlines: NDArray[Any]) -> NDArray[Any]:
+    """Footprints in degrees whose corners lie within half a turn of their first.
+
+    One that crosses the antimeridian from 179.9 to -179.9 degrees is narrow, and does not go round the Earth.
+    """
+    corners, of = shapely.get_coordinates(outlines, return_index=True)
+    first = _first_corners(outlines)[of, 0]
+    if (np.abs(corners[:, 0] - first) <= 180).all():
+        return outlines
+    corners[:, 0] = first + _turn(corners[:, 0] - first)
+    unwrapped: NDArray[Any] = shapely.set_coordinates(outlines.copy(), corners)
+    return unwrapped
 
 
 # --- distances on the ground -----------------------------------------------------------------------------------------------
@@ -433,15 +459,15 @@ class _Near:
 def _distances(learns: _Side, judges: _Side, buffer_m: float) -> _Near:
     """Pairs within the buffer, and the nearest learning chip of each judging one.
 
-    Measured in transverse Mercator strips of 3 degrees with scale 1 on the axis (polar stereographic beyond 84 degrees),
-    where lengths are right to 4e-4.
+    Measured in transverse Mercator strips of 3 degrees with scale 1 on the axis, where lengths are right to 4e-4, also at
+    the poles and across the antimeridian.
     """
     reach_m = max(TOUCH_M, buffer_m * (1 - SCALE_ERROR))
     pairs, distances_m, shares = [], [], []
     nearest_m = np.full(len(judges.outlines), math.inf)
-    for local, inside, around in _strips(learns.outlines, judges.outlines):
+    for local_m, inside, around in _strips(learns.outlines, judges.outlines):
         known, asked = (
-            shapely.transform(side.outlines[chosen], local.transform, interleaved=False)
+            shapely.transform(side.outlines[chosen], local_m, interleaved=False)
             for side, chosen in ((learns, around), (judges, inside))
         )
         tree = shapely.STRtree(known)
@@ -478,31 +504,44 @@ def _on_sphere(lonlat_deg: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
 
 
-def _strips(known: NDArray[Any], asked: NDArray[Any]) -> Iterator[tuple[Transformer, NDArray[np.int64], NDArray[np.int64]]]:
+def _strips(
+    known: NDArray[Any], asked: NDArray[Any]
+) -> Iterator[tuple[Callable[..., Any], NDArray[np.int64], NDArray[np.int64]]]:
     """(projection, asked footprints in a strip, known ones within NEAR_M of them), strips with nothing known left out."""
     known_deg, known_of = shapely.get_coordinates(known, return_index=True)
     asked_deg, asked_of = shapely.get_coordinates(asked, return_index=True)
     first = _first_corners(asked)
     strip = np.floor((first[:, 0] + 180) / _STRIP_DEG).astype(int) % round(360 / _STRIP_DEG)
-    strip = np.where(first[:, 1] > _POLAR_DEG, -1, np.where(first[:, 1] < -_POLAR_DEG, -2, strip))
     reach_deg = math.degrees(NEAR_M / _EARTH_RADIUS_M)
     for number in np.unique(strip):
         inside = np.flatnonzero(strip == number)
         corners = asked_deg[np.isin(asked_of, inside)]
-        south, north = corners[:, 1].min() - reach_deg, corners[:, 1].max() + reach_deg
-        near = (known_deg[:, 1] >= south) & (known_deg[:, 1] <= north)
-        if number < 0:
-            pole = 90 if number == -1 else -90
-            text = f"+proj=stere +lat_0={pole} +lat_ts={math.copysign(87, pole):g} +datum=WGS84"
-        else:
-            axis = (number + 0.5) * _STRIP_DEG - 180
-            across = math.cos(math.radians(min(max(abs(south), abs(north)), 89.0)))
-            width = np.abs(_turn(corners[:, 0] - axis)).max() + reach_deg / across
-            near &= np.abs(_turn(known_deg[:, 0] - axis)) <= width
-            text = f"+proj=tmerc +lat_0=0 +lon_0={axis} +k=1 +datum=WGS84"
+        axis_deg = (number + 0.5) * _STRIP_DEG - 180
+        south, north = corners[:, 1].min(), corners[:, 1].max()
+        near = (known_deg[:, 1] >= south - reach_deg) & (known_deg[:, 1] <= north + reach_deg)
+        poleward = max(abs(south), abs(north))
+        if poleward + reach_deg < 90:  # else the pole is in reach, and with it every longitude
+            # The easternmost point of a circle around a point of this latitude.
+            beyond_deg = math.degrees(math.asin(math.sin(math.radians(reach_deg)) / math.cos(math.radians(poleward))))
+            near &= np.abs(_turn(known_deg[:, 0] - axis_deg)) <= np.abs(_turn(corners[:, 0] - axis_deg)).max() + beyond_deg
         around = np.unique(known_of[near])
         if len(around):
-            yield Transformer.from_crs("EPSG:4326", CRS.from_user_input(text), always_xy=True), inside, around
+            yield partial(_local_m, axis_deg=axis_deg), inside, around
+
+
+@lru_cache
+def _transverse_mercator() -> Transformer:
+    return Transformer.from_crs(
+        "EPSG:4326", CRS.from_proj4("+proj=tmerc +lat_0=0 +lon_0=0 +k=1 +datum=WGS84"), always_xy=True
+    )
+
+
+def _local_m(
+    lon_deg: NDArray[np.float64], lat_deg: NDArray[np.float64], *, axis_deg: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Metres east of an axis and north of the equator; one projection serves all axes, making one takes milliseconds."""
+    x_m, y_m = _transverse_mercator().transform(_turn(lon_deg - axis_deg), lat_deg)
+    return x_m, y_m
 
 
 def _turn(deg: NDArray[np.float64]) -> NDArray[np.float64]:
