@@ -230,9 +230,15 @@ class Reader:
                 raise ImageryError(
                     f"{self._source.name}: {_service(href)} {answers} to {what} ({href}); {remedy_for(status)}"
                 ) from failure
+        reason = reason_of(_cause(failure))
+        if urlsplit(hrefs[0]).scheme == "s3":
+            raise ImageryError(
+                f"{self._source.name}: {what} ({hrefs[0]}) cannot be read ({reason}); set AWS_ACCESS_KEY_ID, "
+                f"AWS_SECRET_ACCESS_KEY and AWS_REGION to an account that may read the bucket"
+            ) from failure
         raise ImageryError(
-            f"{self._source.name}: {what} ({hrefs[0]}) cannot be decoded after {self._patience.attempts} attempts "
-            f"({reason_of(_cause(failure))}): the file is damaged or its body is cut short; leave the item out (exclude)"
+            f"{self._source.name}: {what} ({hrefs[0]}) cannot be decoded in {self._patience.attempts} attempts ({reason}): "
+            f"the file is damaged or its body is cut short; leave the item out (exclude)"
         ) from failure
 
     def _options(self) -> dict[str, str]:

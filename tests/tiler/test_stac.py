@@ -323,6 +323,24 @@ def test_dates_and_clouds_filter(catalogue):
         ids(prefer="closest")
 
 
+def test_the_area_changes_no_pixel(catalogue):
+    """Of two areas each search finds what matters for its own; where they overlap the images are one."""
+    lattice = Lattice(crs=UTM10.crs, gsd_m=9.3)
+    for name, box in (("west", WEST), ("east", EAST)):
+        catalogue.scene(name, box, taken="2021-08-01" if name == "east" else "2021-07-01")
+    areas = [area_of(WEST, shrink_deg=2e-3), area_of(EAST, shrink_deg=2e-3)]
+    boxes = [lattice.covering(area.polygon_in(lattice.crs).bounds) for area in areas]
+    both = boxes[0].intersect(boxes[1])
+    assert both is not None
+    images = []
+    for area in areas:
+        with open_stac(found(catalogue, area), lattice, patience=QUICK) as image:
+            images.append((image.read(both), image.days(both)))
+    assert images[0][0].valid.all()
+    np.testing.assert_array_equal(images[0][0].data, images[1][0].data)
+    np.testing.assert_array_equal(images[0][1], images[1][1])
+
+
 def test_many_pages(catalogue, monkeypatch):
     monkeypatch.setattr("canopy.tiler.catalogue.PAGE_ITEMS", 3)
     item = catalogue.scene("s0", HOME)
@@ -858,6 +876,23 @@ def test_access_that_is_refused_with_every_signature(catalogue):
         pytest.raises(ImageryError, match=r"needs signatures.*answers 500"),
     ):
         image.read(HOME)
+
+
+def test_a_bucket_whose_readers_pay(catalogue, monkeypatch):
+    """No bucket is asked here: what GDAL is told, and what a reader without an account is told."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_S3_ENDPOINT", "127.0.0.1:9")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("CPL_AWS_AUTODETECT_EC2", "NO")
+    item = catalogue.scene("a", HOME)
+    item["assets"]["image"]["href"] = "s3://bucket/a.tif"
+    manifest = found(catalogue, changes={"signing": {"kind": "requester-pays"}})
+    with open_stac(manifest, UTM10, patience=Patience(attempts=1, delay_s=0.01, timeout_s=1)) as image:
+        assert image._reader._options()["AWS_REQUEST_PAYER"] == "requester"
+        with pytest.raises(ImageryError, match=r"s3://bucket/a.tif\) cannot be read .*AWS_ACCESS_KEY_ID") as error:
+            image.read(HOME)
+    assert "\n" not in str(error.value)
 
 
 # --- what is kept --------------------------------------------------------------------------------------------------------
