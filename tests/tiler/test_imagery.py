@@ -412,7 +412,7 @@ def piles(draw):
     return [(draw(corners), draw(dates), draw(st.booleans())) for _ in range(count)]
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(pile=piles())
 def test_the_newest_then_the_first_by_name(tmp_path_factory, pile):
     folder = tmp_path_factory.mktemp("pile")
@@ -492,7 +492,7 @@ def all_of_mixed(mixed):
         return outer, source.read(outer), source.days(outer)
 
 
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_any_box_of_many_files_holds_the_same_pixels(mixed, all_of_mixed, data):
     outer, whole, whole_days = all_of_mixed
