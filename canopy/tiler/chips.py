@@ -100,8 +100,8 @@ _SINCE_QUALITY: Final[Mapping[str, Any]] = {
 }  # fmt: skip
 """What the last columns say of a set that was built before they existed."""
 
-TASK_WINDOWS: Final = 64
-"""Windows a task cuts: a second or two of work, so that little is lost with a worker and the records stay few."""
+TASK_WINDOWS: Final = 32
+"""Windows a task cuts: about a second of work, so that little is lost with a worker and the records stay few."""
 
 WINDOWS_A_WORKER: Final = 500
 """A local build starts one worker process for so many windows, up to one a core: starting one takes seconds."""

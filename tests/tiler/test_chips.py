@@ -26,6 +26,7 @@ from canopy.tiler.chips import (
     tile_set_hash,
 )
 from canopy.tiler.recipe import load_recipe
+from canopy.tiler.register import Shift
 from tests.tile_sets import HEAD, PAIR, UTM, pair, recipe
 
 RECIPES = Path(__file__).parents[2] / "tiles"
@@ -409,3 +410,159 @@ def test_neon_plots_are_parted_by_geometry_alone(samples, tmp_path):
             assert len(pair_of - {"buffer"}) <= 1
             given_up += "buffer" in pair_of
     assert given_up
+
+
+# --- registration and quality in a build ---------------------------------------------------------------------------------
+
+
+SETTINGS = """
+[quality.void_fraction]
+flag = 0.3
+drop = 0.5
+[quality.duplicate_chips]
+flag = 0
+[quality.constant_heights]
+on = false
+[quality.whole_metres]
+on = false
+"""
+
+
+def with_tables(folder, tables, source=PAIR, **changes):
+    path = recipe(folder, source, **changes)
+    text = path.read_text()
+    path.write_text(text.replace("[split]", f"{tables}\n[split]", 1))
+    return path
+
+
+def test_without_the_tables_nothing_is_measured_or_judged(wood):
+    folder, _ = wood
+    index = read_index(build_tile_set(recipe(folder)))
+    assert set(index["shift_decision"]) == {"kept: not measured"}
+    assert not index["shift_applied"].any()
+    assert index[["shift_x_m", "shift_y_m", "shift_score"]].isna().all(axis=None)
+    assert set(index["quality"]) == {"keep"}
+    assert set(index["reasons"]) == {""}
+
+
+def test_a_dropped_chip_is_in_no_split_and_keeps_its_files(tmp_path):
+    _, height_m = pair(tmp_path, "a", left=400_000.0, top=4_000_000.0, shape=(128, 192))
+    height_m[:64, :64] = np.nan
+    growth_m = np.random.default_rng(1).uniform(1, 9, height_m.shape).astype(np.float32)
+    height_m[:26, :64] = growth_m[:26, :64]  # 40 % of the window
+    height_m[:64, 128:] = np.nan
+    height_m[:40, 128:] = growth_m[:40, 128:]  # 62 %
+    grid = Grid(crs=UTM, transform=Affine(0.5, 0, 400_000, 0, -0.5, 4_000_000), shape=height_m.shape)
+    write_raster(tmp_path / "data" / "a_chm.tif", height_m[None], grid=grid, nodata=np.nan)
+    plain = read_index(build_tile_set(recipe(tmp_path, stride_px=64), tmp_path / "plain"))
+    out = build_tile_set(with_tables(tmp_path, SETTINGS, stride_px=64))
+    index = read_index(out)
+    assert list(index["sha256"]) == list(plain["sha256"])
+    rows = {(row.row_px, row.col_px): row for row in index.itertuples()}
+    dropped, flagged, kept = (rows[-8_000_000, 800_000 + col] for col in (0, 128, 64))
+    assert (dropped.quality, dropped.split) == ("drop", "dropped")
+    assert "59% of the photographed pixels have no height (limit 0.5)" in dropped.reasons
+    assert "void_fraction" in dropped.flags.split(";")
+    assert flagged.quality == "flag"
+    assert flagged.split == plain.set_index("id")["split"][flagged.id]
+    assert "void_fraction" not in kept.flags
+    assert kept.quality != "drop"
+    assert kept.split != "dropped"
+    read_chip(out, dropped.id)  # to be looked at
+
+
+def test_the_same_picture_elsewhere_is_a_duplicate(tmp_path):
+    from canopy.simulate import reimage
+
+    rng = np.random.default_rng(2)
+    smooth = np.abs(np.cumsum(np.cumsum(rng.normal(size=(64, 64)), 0), 1)).astype(np.float32)
+    smooth *= 25 / smooth.max()
+    image = reimage(smooth, gsd_m=0.5, rng=rng)
+    (tmp_path / "data").mkdir()
+    for number, name in enumerate(("here", "there", "other")):
+        grid = Grid(crs=UTM, transform=Affine(0.5, 0, 400_000 + 1000 * number, 0, -0.5, 4_000_000), shape=(64, 64))
+        pixels = image if name != "other" else rng.integers(0, 255, image.shape, np.uint8)
+        write_raster(tmp_path / "data" / f"{name}_rgb.tif", pixels, grid=grid)
+        write_raster(tmp_path / "data" / f"{name}_chm.tif", smooth[None], grid=grid)
+    index = read_index(build_tile_set(with_tables(tmp_path, SETTINGS))).set_index("item")
+    assert "duplicate_chips" in index["flags"]["here"].split(";")
+    assert "duplicate_chips" in index["flags"]["there"].split(";")
+    assert "duplicate_chips" not in index["flags"]["other"].split(";")
+
+
+@pytest.fixture
+def fixed_shift(monkeypatch):
+    """Registration that finds one pixel east and two pixels north on every chip, and says what it was asked."""
+    asked = []
+    shift = Shift(x_m=0.5, y_m=1.0, score_before=0.1, score_after=0.2, contrast=0.5, decision="applied")
+
+    def measure(image, height_m, gsd_m, settings):
+        asked.append(height_m.copy())
+        return shift
+
+    def robust(shifts, settings):
+        assert set(shifts) == {shift}
+        return shift
+
+    monkeypatch.setattr(chips, "measure_shift", measure)
+    monkeypatch.setattr(chips, "robust_shift", robust)
+    return asked
+
+
+@pytest.mark.parametrize("apply", ["never", "chip", "acquisition"])
+def test_heights_are_moved_when_the_recipe_says_so(wood, fixed_shift, apply):
+    """By whole pixels, so that the oracle is an index; what moves in over a chip's edge comes from the file beyond it."""
+    folder, truth = wood
+    source = PAIR.replace("data/*", "data/large")
+    out = build_tile_set(with_tables(folder, f'[registration]\napply = "{apply}"', source), workers=1)
+    index = read_index(out)
+    _, heights = truth["large"]
+    moved = np.full_like(heights, np.nan)
+    if apply == "never":
+        moved = heights
+    else:
+        moved[:-2, 1:] = heights[2:, :-1]
+    for row in index.itertuples():
+        _, height_m = read_chip(out, row.id)
+        top, left = row.row_px + 8_000_002 + 64, row.col_px - 800_007 + 64
+        padded = np.pad(moved, 64, constant_values=np.nan)
+        expected = padded[top : top + 64, left : left + 64]
+        known = np.isfinite(height_m)
+        np.testing.assert_allclose(height_m[known], expected[known], atol=1e-5)
+        lost = np.isfinite(expected) & ~known  # beside an unknown height the moved one is unknown too
+        assert lost.mean() < 0.1
+        assert (row.shift_x_m, row.shift_y_m, row.shift_score) == (0.5, 1.0, 0.2)
+        assert row.shift_applied == (apply != "never")
+        assert row.shift_decision.startswith("kept: registration only measures" if apply == "never" else "applied")
+    assert len(fixed_shift) >= len(index) * (2 if apply == "acquisition" else 1)
+
+
+@pytest.mark.parametrize("apply", ["chip", "acquisition"])
+def test_a_label_that_is_off_is_moved_back(tmp_path, apply):
+    """A drawn forest whose heights lie 1.5 m east and 1 m south of the image."""
+    grid = Lattice(crs=UTM, gsd_m=0.5).grid(Box(-8_000_256, 800_000, -8_000_000, 800_256))
+    scene = simulate_scene(grid=grid, seed=4, forest=ForestConfig())
+    (tmp_path / "data").mkdir()
+    write_raster(tmp_path / "data" / "a_rgb.tif", scene.image, grid=grid)
+    off = Grid(crs=UTM, transform=Affine.translation(1.5, -1.0) @ grid.transform, shape=grid.shape)
+    write_raster(tmp_path / "data" / "a_chm.tif", scene.height_m[None], grid=off, nodata=np.nan)
+    sizes = {"chip_px": 128, "stride_px": 128}
+    table = f'[registration]\napply = "{apply}"\nmin_votes = 2\n[quality]'
+    left = read_index(build_tile_set(recipe(tmp_path, **sizes), tmp_path / "left"))
+    out = build_tile_set(with_tables(tmp_path, table, **sizes))
+    index = read_index(out)
+    applied = index[index["shift_applied"]]
+    assert len(applied) >= len(index) / 2
+    if apply == "acquisition":
+        assert len(applied) == len(index)
+    assert np.median(np.abs(applied["shift_x_m"] + 1.5)) < 0.3
+    assert np.median(np.abs(applied["shift_y_m"] - 1.0)) < 0.3
+
+    def error_m(tile_set, row):
+        _, height_m = read_chip(tile_set, row.id)
+        part = (slice(row.row_px + 8_000_256, row.row_px + 8_000_384), slice(row.col_px - 800_000, row.col_px - 799_872))
+        return np.nanmean(np.abs(height_m - scene.height_m[part]))
+
+    assert set(applied["id"]) <= set(left["id"])
+    for row in applied.itertuples():
+        assert error_m(out, row) < 0.6 * error_m(tmp_path / "left", row)
