@@ -515,7 +515,7 @@ def _strips(
     reach_deg = math.degrees(NEAR_M / _EARTH_RADIUS_M)
     for number in np.unique(strip):
         inside = np.flatnonzero(strip == number)
-        corners = asked_deg[np.isin(asked_of, inside)]
+        corners = asked_deg[strip[asked_of] == number]
         axis_deg = (number + 0.5) * _STRIP_DEG - 180
         south, north = corners[:, 1].min(), corners[:, 1].max()
         near = (known_deg[:, 1] >= south - reach_deg) & (known_deg[:, 1] <= north + reach_deg)
