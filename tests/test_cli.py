@@ -561,6 +561,28 @@ def test_models_show(canopy, tiny_model):
     assert canopy("models", "show", tiny_model).stdout.strip() == "# tiny"
 
 
+def test_tile_and_inspect(canopy, tmp_path):
+    recipe = tmp_path / "wood.toml"
+    recipe.write_text(
+        'name = "wood"\ngsd_m = 0.6\nchip_px = 64\nstride_px = 64\nmin_valid_fraction = 0.5\n[quality]\n'
+        "[split]\nseed = 1\nblock_m = 50.0\nbuffer_m = 0.0\ntrain = 1.0\nval = 0.0\ntest = 0.0\n"
+        '[[source]]\nkind = "simulated"\nsite = "WOOD"\nseeds = [3]\nsize_m = 80.0\nlicence = "Apache-2.0"\n'
+        'image_source = "simulated"\nlidar_source = "simulated"\n'
+    )
+    built = canopy("tile", recipe, "--json")
+    assert built.returncode == 0, built.stderr
+    done = canopy("tile", "inspect", tmp_path / "wood", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["chips"] == json.loads(built.stdout)["chips"] == sum(told["quality"].values())
+    assert told["page"] == str(tmp_path / "wood" / "inspection" / "index.html")
+    assert all(Path(path).is_file() for path in (told["page"], *told["pngs"]))
+    judged = canopy("tile", "inspect", tmp_path / "wood", "--judge", "--out", tmp_path / "page")
+    assert judged.returncode == 0, judged.stderr
+    assert judged.stdout.splitlines()[-1] == str(tmp_path / "page" / "index.html")
+    assert "keep" in judged.stdout
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from canopy.errors import OutputError, RecipeError
-from canopy.raster import Pixels
+from canopy.raster import Pixels, read_raster
 from canopy.tiler.chips import INDEX, read_chip, read_index
 from canopy.tiler.quality import CHECKS, ChipFacts, JudgedChip, QualitySettings, judge, judge_set
 
@@ -93,8 +93,10 @@ class HeightCounts:
     @classmethod
     def of(cls, split: str, height_m: NDArray[np.float32]) -> HeightCounts:
         """The counts of one chip; unknown heights are left out."""
-        metres, counts = np.unique(np.floor(height_m[np.isfinite(height_m)]).astype(np.int64), return_counts=True)
-        return cls({split: dict(zip(metres.tolist(), counts.tolist(), strict=True))})
+        metres = np.floor(height_m[np.isfinite(height_m)]).astype(np.int64)
+        first = int(metres.min(initial=0))
+        counts = np.bincount(metres - first)
+        return cls({split: {first + int(i): int(counts[i]) for i in np.flatnonzero(counts)}})
 
     def __add__(self, other: HeightCounts) -> HeightCounts:
         splits = self._counts.keys() | other._counts.keys()
@@ -245,11 +247,13 @@ def _read_heights(
     counts = HeightCounts()
     verdicts = []
     for number, row in enumerate(index.itertuples(index=False), start=1):
-        image, height_m = read_chip(tile_set, row.id)
-        counts += HeightCounts.of(row.split, height_m)
-        if settings is not None:
+        if settings is None:
+            height_m = read_raster(tile_set / "height" / f"{row.id}.tif")[0].data[0]
+        else:
+            image, height_m = read_chip(tile_set, row.id)
             verdict = judge(_facts(row, image, height_m), settings)
             verdicts.append(JudgedChip(id=row.id, site=row.site, verdict=verdict))
+        counts += HeightCounts.of(row.split, height_m)
         if progress is not None:
             progress(number, len(index))
     if settings is None:
