@@ -24,7 +24,7 @@ BLOCK_M = 20.0
 
 _Z_STEPS, _PLACE_STEPS = 1 << 14, 1 << 20
 """Steps per metre and per cell of the integer sums: 0.06 mm, which a float32 has up to 1 km of elevation."""
-_JOIN_VERTICES = 4_000_000
+_JOIN_VERTICES = 2_000_000
 """Vertices gathered before those that share a place are joined."""
 
 
@@ -115,7 +115,7 @@ class GroundCells:
         _sum_ground(x, y, z_m, is_ground, self.left, self.top, self.cell, self.count, self.total, self.seen)
         if self.vertex_cell is not None:
             self._vertices.append((x[is_ground], y[is_ground], z_m[is_ground].astype(np.float64)))
-            if sum(part[0].size for part in self._vertices) > 2 * self._joined + _JOIN_VERTICES:
+            if sum(part[0].size for part in self._vertices) > self._joined + _JOIN_VERTICES:
                 self._join()
 
     def add_lowest(self, x: Floats, y: Floats, z_m: NDArray[np.float32]) -> None:

@@ -193,12 +193,17 @@ def header_z_unit_m(header: laspy.LasHeader, name: str) -> float | None:
 # --- records -----------------------------------------------------------------------------------------------------------
 
 
-def wanted_fields() -> laspy.DecompressionSelection:
-    """The fields that `RawPoints` has; formats 6 and up store fields apart and need not decode the others."""
+def wanted_fields(*, standard_time: bool = True) -> laspy.DecompressionSelection:
+    """The fields that `RawPoints` has; formats 6 and up store fields apart and need not decode the others.
+
+    Args:
+        standard_time: with GPS time, which is of no use unless `has_standard_time`.
+    """
     import laspy
 
     fields = laspy.DecompressionSelection
-    return fields.XY_RETURNS_CHANNEL | fields.Z | fields.CLASSIFICATION | fields.FLAGS | fields.GPS_TIME
+    wanted = fields.XY_RETURNS_CHANNEL | fields.Z | fields.CLASSIFICATION | fields.FLAGS
+    return wanted | fields.GPS_TIME if standard_time else wanted
 
 
 def has_standard_time(header: laspy.LasHeader) -> bool:
@@ -356,7 +361,8 @@ class LasFile:
         if bounds is not None and apart(self.bounds, bounds):
             return
         try:
-            reader = laspy.open(self.path, decompression_selection=wanted_fields())
+            wanted = wanted_fields(standard_time=has_standard_time(self.header))
+            reader = laspy.open(self.path, decompression_selection=wanted)
         except Exception as error:  # as above; the file was replaced since
             raise unreadable(self.name, error) from error
         with reader:

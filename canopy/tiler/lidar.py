@@ -120,7 +120,7 @@ class LidarOptions:
     """Between ground returns: bilinear between means of cells, or linear in the triangles of the returns themselves."""
     ground_cell_m: float = 1.0
     """Cell of the ground lattice, metres."""
-    ground_tin_cell_m: float = 0.25
+    ground_tin_cell_m: float = 0.5
     """The triangulation takes at most one ground return per cell of this side, the one nearest to its centre, metres.
     0: all, and of those in one place the lowest."""
     ground_gap_m: float = 50.0

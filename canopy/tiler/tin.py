@@ -159,9 +159,7 @@ class Tin:
             neighbours = np.where(neighbours < 0, _HULL, renamed[neighbours]).astype(np.int32)
             used, places = np.unique(triangles, return_inverse=True)
             x, y, z, triangles = x[used], y[used], z[used], places.astype(np.int32).reshape(-1, 3)
-        return cls(
-            tile=tile, x=x, y=y, z=z, triangles=triangles, neighbours=neighbours, seeds=seeds, seed_cell=side / cells
-        )
+        return cls(tile=tile, x=x, y=y, z=z, triangles=triangles, neighbours=neighbours, seeds=seeds, seed_cell=side / cells)
 
     def under(self, x: Floats, y: Floats) -> Floats:
         """Linear interpolation at places in the tile; NaN outside the hull of the vertices."""

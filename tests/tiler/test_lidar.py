@@ -1,11 +1,13 @@
 """Clouds whose heights are known, in every unit they are delivered in, and real ones against people and producers."""
 
 import struct
+import tracemalloc
 from dataclasses import replace
 
 import laspy
 import numpy as np
 import pytest
+import rasterio
 from affine import Affine
 from pyproj import CRS, Transformer
 from scipy import ndimage
@@ -593,6 +595,51 @@ def test_producers_chm_of_a_normalised_cloud(samples):
     assert np.corrcoef(chm[ok], theirs[ok])[0, 1] > 0.97
     # The control: one pixel to the side.
     assert np.corrcoef(chm[ok], np.roll(theirs, 1, axis=0)[ok])[0, 1] < 0.96
+
+
+def test_producers_chm_made_pit_free(samples):
+    """OSBS_029, 4 points per m²: the producer's CHM (without CRS in its file) is pit-free, by another program, and ours.
+
+    Returns from inside crowns keep p2r 1.4 m lower on the mean, and a quarter of its pixels is void.
+    """
+    folder = samples / "plots" / "OSBS"
+    with rasterio.open(folder / "OSBS_029_CHM.tif") as dataset:
+        theirs = dataset.read(1, masked=True).filled(np.nan)
+        grid = Grid(crs=CRS.from_epsg(32617), transform=dataset.transform, shape=dataset.shape)
+    options = LidarOptions(normalised=True, crs=grid.crs)
+    error_m, correlation = {}, {}
+    for algorithm in ("p2r", "pitfree"):
+        chm = lidar_to_chm(folder / "OSBS_029.laz", grid, algorithm, options=options).to_numpy()
+        ok = np.isfinite(chm) & np.isfinite(theirs)
+        assert ok.mean() > (0.7 if algorithm == "p2r" else 0.95)
+        error_m[algorithm] = np.abs(chm - theirs)[ok]
+        correlation[algorithm] = np.corrcoef(chm[ok], theirs[ok])[0, 1]
+    assert error_m["pitfree"].mean() < 0.02
+    assert np.percentile(error_m["pitfree"], 99) < 0.05
+    assert correlation["pitfree"] > 0.999
+    # The control: p2r is another canopy of the same cloud.
+    assert 1.0 < error_m["p2r"].mean() < 2.0
+    assert 0.65 < correlation["p2r"] < 0.9
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path, rng):
+    """Four times the points on the same ground: what a run allocates stays, but for the points themselves, never kept."""
+    peak = []
+    for times in (1, 4):
+        x, y, z, classes, _ = wood(rng, per_m2=30.0 * times)
+        path = write(tmp_path / f"{times}.laz", x, y, z, classes)
+        options = LidarOptions(keep_points=0, chunk_points=20_000)
+        lidar_to_chm(path, GRID, options=options)  # loads and compiles
+        tracemalloc.start()
+        lidar_to_chm(path, GRID, options=options)
+        peak.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peak[1] < 1.1 * peak[0]
+    # The control: with the points kept it does grow.
+    tracemalloc.start()
+    lidar_to_chm(path, GRID, options=LidarOptions(chunk_points=20_000))
+    assert tracemalloc.get_traced_memory()[1] > 1.2 * peak[1]
+    tracemalloc.stop()
 
 
 def test_compound_crs_of_a_real_file(samples):
