@@ -66,7 +66,7 @@ BITS: Final = FREQUENCIES**2 - 1
 
 BANDS: Final = 4
 BAND_BITS: Final = 15
-"""Codes are compared when they agree in one of the four groups of 15 bits, those of the slowest waves, and then bit by bit."""
+"""Codes are compared when they agree in one of four groups of 15 bits, those of the slowest waves, and then bit by bit."""
 
 MAX_BITS: Final = 14
 """Codes that differ in more signs than this are of different blobs."""
