@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from canopy.errors import LidarError
+from canopy.tiler.patience import PATIENCE, Patience
 
 if TYPE_CHECKING:
     import requests
@@ -43,25 +44,6 @@ class Sign(Protocol):
 
     def __call__(self, href: str, /, *, renew: bool = False) -> str:
         """The link signed; `renew` asks for a signature other than the last, which the server has refused."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long a server is waited for."""
-
-    attempts: int = 5
-    """Tries of one request before it is given up."""
-    first_pause_s: float = 0.5
-    """Before the second try; doubles with each further one. A server's Retry-After counts if it is longer."""
-    longest_pause_s: float = 60.0
-    """A server that asks for more is taken at its word and not asked again."""
-    connect_s: float = 10.0
-    """For a connection to be made."""
-    silence_s: float = 30.0
-    """Between two bytes."""
-
-
-PATIENCE = Patience()
 
 
 class Bytes(Protocol):

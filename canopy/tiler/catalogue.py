@@ -18,8 +18,9 @@ from canopy.errors import GridError, ImageryError, SourceError
 from canopy.grid import Grid
 from canopy.settings import nearest
 from canopy.tiler.area import Area, BoundsLonLat
-from canopy.tiler.manifest import AssetRecord, ItemRecord, Manifest, Prefer, SearchRecord
-from canopy.tiler.remote import Patience, Reader, in_utc, reason_of, remedy_for, stac_io
+from canopy.tiler.manifest import AssetRecord, ItemRecord, Manifest, Prefer, SearchRecord, as_day
+from canopy.tiler.patience import PATIENCE, Patience
+from canopy.tiler.remote import Reader, in_utc, reason_of, remedy_for, stac_io
 from canopy.tiler.sources import Band, BaselineOffset, DeclaredOffset, StacSource
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def search(
     prefer: Prefer = "newest",
     date: date | str | None = None,
     exclude: Sequence[str] = (),
-    patience: Patience = Patience(),  # noqa: B008 - a frozen value
+    patience: Patience = PATIENCE,
 ) -> Manifest:
     """Find the items of a source over an area and freeze them.
 
@@ -64,7 +65,7 @@ def search(
         SourceError: no item; an item without one of the assets, a date or a known offset; a catalogue that is none.
         ImageryError: the service does not answer, or refuses.
     """
-    first, last, target = _day(start, "start"), _day(end, "end"), _day(date, "date")
+    first, last, target = as_day(start, "start"), as_day(end, "end"), as_day(date, "date")
     if first and last and first > last:
         raise SourceError(f"start {first} is after end {last}; give an earlier start or a later end")
     if prefer == "closest" and target is None:
@@ -149,7 +150,10 @@ def search_once(path: Path | str, source: StacSource, area: Area, **request: Any
     asked = {
         "bounds_deg": _with_margin(area.bounds_deg, MARGIN_PX * source.gsd_m),
         "prefer": request.get("prefer", "newest"),
-        **{name: (day.isoformat() if (day := _day(request.get(name), name)) else None) for name in ("start", "end", "date")},
+        **{
+            name: (day.isoformat() if (day := as_day(request.get(name), name)) else None)
+            for name in ("start", "end", "date")
+        },
         "max_cloud_percent": source.cloud.max_percent
         if request.get("max_cloud_percent") is None
         else request["max_cloud_percent"],
@@ -162,15 +166,6 @@ def search_once(path: Path | str, source: StacSource, area: Area, **request: Any
     if manifest.source != source:
         raise SourceError(f"{path} is the manifest of another source, or of {source.name} before it was changed; delete it")
     return manifest
-
-
-def _day(value: date | str | None, name: str) -> date | None:
-    if value is None or isinstance(value, date):
-        return value
-    try:
-        return date.fromisoformat(value)
-    except ValueError:
-        raise SourceError(f"{name} {value!r} is not a day; give for example 2021-07-01") from None
 
 
 def _with_margin(bounds: BoundsLonLat, margin_m: float) -> BoundsLonLat:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import suppress
+from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from affine import Affine
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -76,30 +77,23 @@ class SearchRecord(_Frozen):
     exclude: tuple[str, ...]
 
 
-class Manifest(_Frozen):
-    """A search, frozen: what was asked of which source, and the items in the order in which they are preferred.
+class Sealed(_Frozen):
+    """A search that was frozen, with a digest of itself.
 
     It has no date of its own, so the same search of the same catalogue gives the same bytes.
     """
 
-    version: Literal[1] = 1
-    source: StacSource
-    search: SearchRecord
-    items: tuple[ItemRecord, ...] = Field(min_length=1)
     sha256: str = ""
     """Digest of the rest, for the provenance of products."""
 
     @model_validator(mode="after")
     def _sealed(self) -> Self:
-        digest = self._digest()
+        text = json.dumps(self.model_dump(mode="json", exclude={"sha256"}), sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(text.encode()).hexdigest()
         if self.sha256 not in {"", digest}:
             raise ValueError("sha256 is not that of the contents: the file was altered; search again")
         object.__setattr__(self, "sha256", digest)
         return self
-
-    def _digest(self) -> str:
-        text = json.dumps(self.model_dump(mode="json", exclude={"sha256"}), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def write(self, path: Path | str) -> Path:
         """Write as JSON; the file is whole or absent.
@@ -121,11 +115,11 @@ class Manifest(_Frozen):
         return path
 
     @classmethod
-    def read(cls, path: Path | str) -> Manifest:
+    def read(cls, path: Path | str) -> Self:
         """Read what `write` wrote.
 
         Raises:
-            SourceError: missing, no manifest, or altered.
+            SourceError: missing, no manifest of this kind, or altered.
         """
         try:
             return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -134,6 +128,32 @@ class Manifest(_Frozen):
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise SourceError(f"{path} is no manifest ({' '.join(str(error).split())}); search again") from error
         except ValidationError as error:
-            raise SourceError(
-                f"{path} is no manifest of this version ({first_problem(error, cls)}); search again"
-            ) from error
+            raise SourceError(f"{path} is no manifest of {cls.holds} ({first_problem(error, cls)}); search again") from error
+
+    holds: ClassVar[str]
+    """What is listed, for messages."""
+
+
+class Manifest(Sealed):
+    """A search for imagery: what was asked of which source, and the items in the order in which they are preferred."""
+
+    holds = "imagery"
+
+    version: Literal[1] = 1
+    source: StacSource
+    search: SearchRecord
+    items: tuple[ItemRecord, ...] = Field(min_length=1)
+
+
+def as_day(value: date | str | None, name: str) -> date | None:
+    """A day as people write it.
+
+    Raises:
+        SourceError: it is none; the message calls it `name`.
+    """
+    if value is None or isinstance(value, date):
+        return value
+    try:
+        return date.fromisoformat(value)
+    except ValueError:
+        raise SourceError(f"{name} {value!r} is not a day; give for example 2021-07-01") from None

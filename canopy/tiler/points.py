@@ -18,10 +18,8 @@ from urllib.parse import urlsplit
 from canopy.errors import LidarError
 from canopy.tiler.byteranges import (
     CONNECTIONS,
-    PATIENCE,
     LocalBytes,
     LocalFolder,
-    Patience,
     RemoteBytes,
     RemoteFolder,
     Sign,
@@ -40,6 +38,7 @@ from canopy.tiler.las import (
     z_unit_m_of,
 )
 from canopy.tiler.octree import HEAD_BYTES, CopcFile, EptFolder, is_copc
+from canopy.tiler.patience import PATIENCE, Patience
 
 __all__ = [
     "CHUNK_POINTS",

@@ -26,6 +26,7 @@ from canopy.errors import ImageryError, OutputError
 from canopy.grid import Grid
 from canopy.raster import GDAL_ERRORS
 from canopy.tiler.manifest import AssetRecord, ItemRecord, Manifest
+from canopy.tiler.patience import PATIENCE, Patience
 from canopy.tiler.sources import PlanetaryComputerSigning, RequesterPays, StacSource
 
 if TYPE_CHECKING:
@@ -43,18 +44,6 @@ T = TypeVar("T")
 
 AssetBands = tuple[str, tuple[int, ...]]
 """An asset and 1-based bands of its file."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long a service may fail before the run does."""
-
-    attempts: int = 5
-    """Requests for one thing before it is given up."""
-    delay_s: float = 1.0
-    """Pause after the first failure; each further one is twice as long. A service's Retry-After comes before it."""
-    timeout_s: float = 30.0
-    """Longest silence within a request."""
 
 
 # --- what services answer ------------------------------------------------------------------------------------------
@@ -96,13 +85,13 @@ def stac_io(patience: Patience) -> Any:
 
         def update(self, *args: Any, **kwargs: Any) -> None:
             # A client that is opened without a time limit of its own would take this one away.
-            super().update(*args, **kwargs | {"timeout": patience.timeout_s})
+            super().update(*args, **kwargs | {"timeout": patience.silence_s})
 
     retry = Retry(
-        total=patience.attempts - 1, backoff_factor=patience.delay_s, status_forcelist=(429, 500, 502, 503, 504),
+        total=patience.attempts - 1, backoff_factor=patience.first_pause_s, status_forcelist=(429, 500, 502, 503, 504),
         allowed_methods=None, raise_on_status=False, respect_retry_after_header=True,
     )  # fmt: skip
-    return PatientIO(timeout=patience.timeout_s, max_retries=retry)
+    return PatientIO(timeout=patience.silence_s, max_retries=retry)
 
 
 def in_utc(when: datetime) -> datetime:
@@ -139,7 +128,7 @@ class Reader:
         if not isinstance(signing, PlanetaryComputerSigning) or not any(host.endswith(end) for end in signing.hosts):
             return href
         # A signature near its end could expire between two requests for one file.
-        if self._token is None or self._token[1] - datetime.now(UTC) < timedelta(seconds=2 * self._patience.timeout_s):
+        if self._token is None or self._token[1] - datetime.now(UTC) < timedelta(seconds=2 * self._patience.silence_s):
             self._token = self._new_token(signing)
         return f"{href}{'&' if '?' in href else '?'}{self._token[0]}"
 
@@ -152,7 +141,7 @@ class Reader:
 
         status = None
         try:
-            answer = self._session().get(signing.token_url, timeout=self._patience.timeout_s)
+            answer = self._session().get(signing.token_url, timeout=self._patience.silence_s)
             status = answer.status_code
             answer.raise_for_status()
             table = answer.json()
@@ -212,7 +201,7 @@ class Reader:
         failure: BaseException | None = None
         for attempt in range(self._patience.attempts):
             if attempt:
-                time.sleep(self._patience.delay_s * 2 ** (attempt - 1))
+                time.sleep(self._patience.first_pause_s * 2 ** (attempt - 1))
             try:
                 with _gdal(self._options()):
                     return read()
@@ -226,7 +215,7 @@ class Reader:
                 continue
             # Anything else than success was already repeated by GDAL, or will not change by being repeated.
             if status is None or not 200 <= status < 300:
-                answers = f"answers {status}" if status else f"does not answer within {self._patience.timeout_s:g} s"
+                answers = f"answers {status}" if status else f"does not answer within {self._patience.silence_s:g} s"
                 raise ImageryError(
                     f"{self._source.name}: {_service(href)} {answers} to {what} ({href}); {remedy_for(status)}"
                 ) from failure
@@ -245,10 +234,10 @@ class Reader:
         options = {
             "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
             "GDAL_HTTP_MAX_RETRY": str(self._patience.attempts - 1),
-            "GDAL_HTTP_RETRY_DELAY": str(self._patience.delay_s),
-            "GDAL_HTTP_CONNECTTIMEOUT": str(math.ceil(self._patience.timeout_s)),
+            "GDAL_HTTP_RETRY_DELAY": str(self._patience.first_pause_s),
+            "GDAL_HTTP_CONNECTTIMEOUT": str(math.ceil(self._patience.connect_s)),
             # Silence ends a request, not its length: a slow line may take its time for a large range.
-            "GDAL_HTTP_LOW_SPEED_TIME": str(math.ceil(self._patience.timeout_s)),
+            "GDAL_HTTP_LOW_SPEED_TIME": str(math.ceil(self._patience.silence_s)),
             "GDAL_HTTP_LOW_SPEED_LIMIT": "1",
             # What GDAL fetches in parallel passes its cache by, and each band of a file would fetch the same blocks again.
             "GDAL_HTTP_MULTIRANGE": "SERIAL",
@@ -280,7 +269,7 @@ class Reader:
                 continue
             try:
                 with requests.get(
-                    self.sign(href), headers={"Range": "bytes=0-0"}, timeout=self._patience.timeout_s, stream=True
+                    self.sign(href), headers={"Range": "bytes=0-0"}, timeout=self._patience.silence_s, stream=True
                 ) as answer:
                     if not answer.ok:
                         return href, answer.status_code
@@ -356,7 +345,7 @@ def stage(
     manifest: Manifest,
     folder: Path | str,
     *,
-    patience: Patience = Patience(),
+    patience: Patience = PATIENCE,
 ) -> Manifest:
     """Fetch all files of a manifest whole, check them, and return the manifest of the copies.
 
@@ -394,7 +383,7 @@ def _fetch(reader: Reader, asset: AssetRecord, path: Path, what: str, patience: 
         path.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(patience.attempts):
             if attempt:
-                time.sleep(patience.delay_s * 2 ** (attempt - 1))
+                time.sleep(patience.first_pause_s * 2 ** (attempt - 1))
             try:
                 with _open_href(reader, asset.href, patience) as blocks, part.open("wb") as file:
                     for block in blocks:
@@ -439,7 +428,7 @@ def _open_href(reader: Reader, href: str, patience: Patience) -> Iterator[Iterat
         return
     import requests
 
-    with requests.get(reader.sign(href), stream=True, timeout=patience.timeout_s) as answer:
+    with requests.get(reader.sign(href), stream=True, timeout=patience.silence_s) as answer:
         answer.raise_for_status()
         yield answer.iter_content(1 << 20)
 

@@ -36,7 +36,8 @@ from canopy.raster import Pixels, warp
 from canopy.tiler.catalogue import search, search_once
 from canopy.tiler.imagery import NO_DATE, ImageryInfo, edges, ground_gsd_m
 from canopy.tiler.manifest import ItemRecord, Manifest
-from canopy.tiler.remote import AssetBands, Header, Patience, Reader, stage
+from canopy.tiler.patience import PATIENCE, Patience
+from canopy.tiler.remote import AssetBands, Header, Reader, stage
 from canopy.tiler.sources import StacSource, load_source
 
 __all__ = [
@@ -466,7 +467,7 @@ def open_stac(
     bands: Sequence[int | str] | None = None,
     cache: Path | str | None = None,
     *,
-    patience: Patience = Patience(),  # noqa: B008 - a frozen value
+    patience: Patience = PATIENCE,
 ) -> Iterator[StacImagery]:
     """The items of a manifest as imagery on `lattice`.
 
@@ -494,7 +495,7 @@ class StacItems:
         patience: How long the services may fail.
     """
 
-    def __init__(self, manifest: Manifest, cache: Path | None = None, patience: Patience = Patience()) -> None:  # noqa: B008
+    def __init__(self, manifest: Manifest, cache: Path | None = None, patience: Patience = PATIENCE) -> None:
         self.manifest = manifest
         self._cache, self._patience = cache, patience
         source = manifest.source

@@ -11,25 +11,24 @@ the area to itself.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from canopy.errors import ImageryError, LidarError, OutputError, SourceError
-from canopy.settings import first_problem, nearest, read_settings
+from canopy.errors import ImageryError, LidarError, SourceError
+from canopy.settings import nearest, read_settings
 from canopy.tiler.area import Area, BoundsLonLat
-from canopy.tiler.byteranges import PATIENCE, Patience, fetch
+from canopy.tiler.byteranges import fetch
+from canopy.tiler.manifest import Sealed, as_day
+from canopy.tiler.patience import PATIENCE, Patience
 from canopy.tiler.points import PointSource, point_sources
-from canopy.tiler.remote import Patience as CataloguePatience
 from canopy.tiler.remote import in_utc, reason_of, remedy_for, stac_io
 from canopy.tiler.sources import NoSigning, PlanetaryComputerSigning, find_source
 
@@ -158,11 +157,10 @@ class PointsSearch(_Frozen):
     survey: str | None
 
 
-class PointsManifest(_Frozen):
-    """A search for point clouds, frozen: what was asked, and the surveys in the order in which they are preferred.
+class PointsManifest(Sealed):
+    """A search for point clouds: what was asked, and the surveys in the order in which they are preferred."""
 
-    It has no date of its own, so the same search of the same catalogue gives the same bytes.
-    """
+    holds = "points"
 
     version: Literal[1] = 1
     source: PointsSource
@@ -172,52 +170,6 @@ class PointsManifest(_Frozen):
     """Share of the area that has points."""
     passed_over: tuple[str, ...] = ()
     """Surveys that lie in the area too and add nothing to the preferred ones."""
-    sha256: str = ""
-    """Digest of the rest, for the provenance of products."""
-
-    @model_validator(mode="after")
-    def _sealed(self) -> Self:
-        text = json.dumps(self.model_dump(mode="json", exclude={"sha256"}), sort_keys=True, separators=(",", ":"))
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        if self.sha256 not in {"", digest}:
-            raise ValueError("sha256 is not that of the contents: the file was altered; search again")
-        object.__setattr__(self, "sha256", digest)
-        return self
-
-    def write(self, path: Path | str) -> Path:
-        """Write as JSON; the file is whole or absent.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        path = Path(path)
-        part = path.with_name(f".{path.name}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-            part.replace(path)
-        except OSError as error:
-            raise OutputError(f"cannot write {path} ({error.strerror}); free disk space or choose another path") from error
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-        return path
-
-    @classmethod
-    def read(cls, path: Path | str) -> PointsManifest:
-        """Read what `write` wrote.
-
-        Raises:
-            SourceError: missing, no manifest, or altered.
-        """
-        try:
-            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise SourceError(f"manifest {path} does not exist; search first") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise SourceError(f"{path} is no manifest ({' '.join(str(error).split())}); search again") from error
-        except ValidationError as error:
-            raise SourceError(f"{path} is no manifest of points ({first_problem(error, cls)}); search again") from error
 
     def open(
         self, survey: Survey, *, bounds_deg: BoundsLonLat | None = None, patience: Patience = PATIENCE
@@ -322,7 +274,7 @@ def search_points(
         ImageryError: the catalogue does not answer, or refuses.
         LidarError: the index or the token cannot be fetched.
     """
-    first, last = _day(start, "start"), _day(end, "end")
+    first, last = as_day(start, "start"), as_day(end, "end")
     if first and last and first > last:
         raise SourceError(f"start {first} is after end {last}; give an earlier start or a later end")
     listed = source.of_kind(catalogue)
@@ -417,15 +369,6 @@ def _within(cloud: CloudRecord, first: date | None, last: date | None) -> bool:
     return not ((first and date.fromisoformat(ends) < first) or (last and date.fromisoformat(begins) > last))
 
 
-def _day(value: date | str | None, name: str) -> date | None:
-    if value is None or isinstance(value, date):
-        return value
-    try:
-        return date.fromisoformat(value)
-    except ValueError:
-        raise SourceError(f"{name} {value!r} is not a day; give for example 2021-07-01") from None
-
-
 def _of_stac(source: PointsSource, listed: StacOfPoints, area: Area, patience: Patience) -> list[_Found]:
     import pystac
     import requests
@@ -433,10 +376,9 @@ def _of_stac(source: PointsSource, listed: StacOfPoints, area: Area, patience: P
     from pystac_client.errors import ClientTypeError
     from pystac_client.exceptions import APIError
 
-    asking = CataloguePatience(attempts=patience.attempts, delay_s=patience.first_pause_s, timeout_s=patience.silence_s)
     where = f"the catalogue {listed.endpoint} of {source.name}"
     try:
-        client = Client.open(listed.endpoint, stac_io=stac_io(asking))
+        client = Client.open(listed.endpoint, stac_io=stac_io(patience))
         search = client.search(collections=[listed.collection], bbox=area.bounds_deg, limit=PAGE_ITEMS)
         items = list(search.items())
         for item in items:

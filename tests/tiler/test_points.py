@@ -20,10 +20,11 @@ from pyproj import CRS, Transformer
 
 from canopy.errors import LidarError
 from canopy.grid import Grid
-from canopy.tiler.byteranges import Patience, ahead
+from canopy.tiler.byteranges import ahead
 from canopy.tiler.las import LasFile
 from canopy.tiler.lidar import LidarOptions, lidar_to_chm
 from canopy.tiler.octree import HEAD_BYTES, CopcFile, EptFolder
+from canopy.tiler.patience import Patience
 from canopy.tiler.points import crs_of, open_points, point_sources, z_unit_m_of
 from tests.octrees import write_copc, write_ept
 

@@ -23,7 +23,7 @@ UTM_HALF = Lattice(crs=UTM10.crs, gsd_m=0.5)
 HOME = Box(-480_000, 50_000, -480_000 + 200, 50_000 + 240)
 """200 x 240 px near longitude -123, latitude 43."""
 
-QUICK = Patience(attempts=3, delay_s=0.02, timeout_s=1)
+QUICK = Patience(attempts=3, first_pause_s=0.02, connect_s=1, silence_s=1)
 """Services on loopback either answer at once or not at all."""
 
 RGB = tuple({"name": name, "asset": "image", "index": i} for i, name in enumerate(("red", "green", "blue"), start=1))
@@ -730,7 +730,7 @@ def test_a_catalogue_that_says_nothing(catalogue):
     catalogue.scene("a", HOME)
     server = catalogue.api()
     server.hang_s = 1.0
-    quick = Patience(attempts=2, delay_s=0.01, timeout_s=0.2)
+    quick = Patience(attempts=2, first_pause_s=0.01, connect_s=0.2, silence_s=0.2)
     with pytest.raises(ImageryError, match=r"cannot be reached.*check the network"):
         search(source(server.url), area_of(HOME), patience=quick)
 
@@ -778,7 +778,7 @@ def test_pixels_that_never_come_are_an_error_and_never_nodata(catalogue, tmp_pat
     catalogue.scene("older", HOME, taken="2020-01-01")  # would step in if the failure passed for nodata
     manifest = found(catalogue)
     catalogue.server.fail("/a.tif", **options)
-    patience = Patience(attempts=2, delay_s=0.01, timeout_s=1)
+    patience = Patience(attempts=2, first_pause_s=0.01, connect_s=1, silence_s=1)
     with open_stac(manifest, UTM10, cache=tmp_path / "cache", patience=patience) as image:
         with pytest.raises(ImageryError, match=words) as error:
             image.read(HOME)
@@ -796,7 +796,7 @@ def test_the_control_of_never_nodata(catalogue, monkeypatch):
     manifest = found(catalogue)
     load = odc.stac.load
     monkeypatch.setattr(odc.stac, "load", lambda *a, **k: load(*a, **(k | {"fail_on_error": False})))
-    with open_stac(manifest, UTM10, patience=Patience(attempts=1, delay_s=0.01, timeout_s=1)) as image:
+    with open_stac(manifest, UTM10, patience=Patience(attempts=1, first_pause_s=0.01, connect_s=1, silence_s=1)) as image:
         image.read(Box(HOME.row0, HOME.col0, HOME.row0 + 1, HOME.col0 + 1))  # the header is known
         image._memory.tiles.clear()
         image._reader._forget([catalogue.server.href("a.tif")])
@@ -888,7 +888,7 @@ def test_a_bucket_whose_readers_pay(catalogue, monkeypatch):
     item = catalogue.scene("a", HOME)
     item["assets"]["image"]["href"] = "s3://bucket/a.tif"
     manifest = found(catalogue, changes={"signing": {"kind": "requester-pays"}})
-    with open_stac(manifest, UTM10, patience=Patience(attempts=1, delay_s=0.01, timeout_s=1)) as image:
+    with open_stac(manifest, UTM10, patience=Patience(attempts=1, first_pause_s=0.01, connect_s=1, silence_s=1)) as image:
         assert image._reader._options()["AWS_REQUEST_PAYER"] == "requester"
         with pytest.raises(ImageryError, match=r"s3://bucket/a.tif\) cannot be read .*AWS_ACCESS_KEY_ID") as error:
             image.read(HOME)

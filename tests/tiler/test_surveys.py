@@ -11,7 +11,7 @@ from shapely.geometry import box, mapping
 
 from canopy.errors import ImageryError, LidarError, SourceError
 from canopy.tiler.area import area_of_bbox
-from canopy.tiler.byteranges import Patience
+from canopy.tiler.patience import Patience
 from canopy.tiler.points import crs_of, point_sources
 from canopy.tiler.sources import PlanetaryComputerSigning
 from canopy.tiler.surveys import EptIndex, PointsManifest, PointsSource, StacOfPoints, load_points_source, search_points
