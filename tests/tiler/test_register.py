@@ -238,3 +238,12 @@ def test_added_shifts_on_real_pairs_come_back(samples, site):
     consistent, applied = bench().real_summary(site, bench().real(samples, bench().SITES[site]))
     assert applied > 0
     assert consistent >= 0.8
+
+
+@pytest.mark.slow
+def test_no_simulated_pair_is_made_worse():
+    made = bench()
+    rows = made.simulated(lambda seed: made.grown(seed, nadir=True), range(100, 112))
+    median_px, worse = made.summary("grown forests, nadir", rows)
+    assert worse == 0
+    assert median_px <= 0.15
