@@ -48,7 +48,7 @@ from canopy.errors import CanopyError, NoPointsError, OutputError, RecipeError
 from canopy.grid import Box, Lattice
 from canopy.raster import Pixels, create_raster, read_raster
 from canopy.tiler.quality import ChipFacts, JudgedChip, Verdict, judge, judge_set
-from canopy.tiler.recipe import TileSetRecipe, load_recipe
+from canopy.tiler.recipe import TileSetRecipe, load_recipe, resolve
 from canopy.tiler.register import Shift, measure_shift, robust_shift, shift_height
 from canopy.tiler.scenes import (
     Finder,
@@ -277,7 +277,7 @@ def build_tile_set(
         RecipeError: the recipe is wrong, a file of it is missing or changed, or it gives no chip or two chips of one id.
         OutputError: `out` exists and `overwrite` is False; another build is at work; or what is there was begun with
             another recipe or other files; no scheduler answers.
-        RasterError, LidarError, GridError, AreaError, StacError: a source cannot be read or placed.
+        RasterError, LidarError, GridError, AreaError, SourceError, ImageryError: a source cannot be read or placed.
     """
     settings = load_recipe(recipe)
     out = recipe.parent / settings.name if out is None else out
@@ -310,8 +310,6 @@ def _area(recipe: TileSetRecipe, folder: Path, given: Area | Path | BoundsLonLat
         return as_area(given)
     if recipe.bbox_deg is not None:
         return area_of_bbox(recipe.bbox_deg)
-    from canopy.tiler.recipe import resolve
-
     return None if recipe.area is None else read_area(resolve(recipe.area, folder))
 
 
