@@ -329,6 +329,22 @@ def _open(path: Path) -> Any:
             ) from error
 
 
+def has_mask(address: str) -> bool:
+    """Whether a file, local or behind an address that GDAL can read, has a mask of its own (not nodata, not alpha).
+
+    What GDAL raises comes through, for callers who ask again.
+    """
+    with rasterio.Env(**_ENV), rasterio.open(address) as dataset:
+        flags = dataset.mask_flag_enums[0]
+        return MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
+
+
+def read_mask(address: str, row: int, col: int, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """(row, col) what such a mask leaves valid in a window inside the file; raises as `has_mask`."""
+    with rasterio.Env(**_ENV), rasterio.open(address) as dataset:
+        return np.asarray(dataset.read_masks(1, window=Window(col, row, shape[1], shape[0])) > 0)
+
+
 class RasterPool:
     """Rasters that are opened when they are needed and stay open until others need the place."""
 

@@ -24,7 +24,7 @@ from pyproj import CRS
 
 from canopy.errors import ImageryError, OutputError
 from canopy.grid import Grid
-from canopy.raster import GDAL_ERRORS
+from canopy.raster import GDAL_ERRORS, has_mask, read_mask
 from canopy.tiler.manifest import AssetRecord, ItemRecord, Manifest
 from canopy.tiler.patience import PATIENCE, Patience
 from canopy.tiler.sources import PlanetaryComputerSigning, RequesterPays, StacSource
@@ -109,6 +109,8 @@ class Header:
     grid: Grid
     count: int
     dtype: str
+    masked: bool
+    """Whether it has a mask of its own."""
 
 
 class Reader:
@@ -190,6 +192,10 @@ class Reader:
             return values
 
         return self._patiently([item.assets[name].href for name, _ in assets], f"item {item.id}", read)
+
+    def mask(self, href: str, what: str, first: tuple[int, int], shape: tuple[int, int]) -> NDArray[np.bool_]:
+        """(row, col) what a file's own mask leaves valid in a window; odc-stac does not read it."""
+        return self._patiently([href], what, lambda: read_mask(self.sign(href), *first, shape))
 
     def _patiently(self, hrefs: Sequence[str], what: str, read: Callable[[], T]) -> T:
         """`read`, again after failures that may pass. GDAL itself repeats single requests; this repeats the whole.
@@ -309,7 +315,9 @@ def _header(address: str) -> Header:
         grid = Grid(
             crs=CRS.from_wkt(crs.to_wkt()), transform=opened.rio.transform(), shape=(opened.rio.height, opened.rio.width)
         )
-        return Header(grid=grid, count=int(opened.sizes["band"]), dtype=str(opened.dtype))
+        return Header(
+            grid=grid, count=int(opened.sizes["band"]), dtype=str(opened.dtype), masked=has_mask(address)
+        )  # fmt: skip
     finally:
         opened.close()
 

@@ -297,6 +297,10 @@ class StacImagery:
         part = (slice(row0 - first[0], row1 - first[0]), slice(col0 - first[1], col1 - first[1]))
         values, inside = np.zeros((loaded.shape[0], *shape), loaded.dtype), np.zeros(shape, bool)
         values[(slice(None), *part)], inside[part] = loaded, True
+        for name, _ in members:
+            if headers[name].masked:
+                what = f"item {item.id}, asset {name}"
+                inside[part] &= self._reader.mask(item.assets[name].href, what, (row0, col0), loaded.shape[1:])
         return values, inside, where
 
     def _usable(self, values: NDArray[Any], inside: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -168,6 +168,12 @@ def found(catalogue, area=None, *, changes=None, **request):
     return search(described, area_of(HOME) if area is None else area, patience=QUICK, **request)
 
 
+def whole(manifest, box):
+    """The pixels of a box."""
+    with open_stac(manifest, UTM10, patience=QUICK) as image:
+        return image.read(box)
+
+
 def days_of(text):
     return (date.fromisoformat(text) - date(1970, 1, 1)).days
 
@@ -360,6 +366,23 @@ def test_the_bytes_of_a_file_with_many_bands_are_fetched_once(catalogue, monkeyp
         np.testing.assert_array_equal(image.read(box).data, data)
     size = (catalogue.server.folder / "a.tif").stat().st_size
     assert size <= catalogue.server.sent_bytes["/a.tif"] <= 1.2 * size
+
+
+def test_what_a_file_masks_is_not_there(catalogue):
+    """Masked pixels of an item are another item's, whatever value lies under the mask; without another they are invalid."""
+    here = Box(HOME.row0, HOME.col0, HOME.row0 + 60, HOME.col0 + 80)
+    valid = np.ones(here.shape, bool)
+    valid[10:30, 20:50] = False
+    grid = UTM10.grid(here)
+    covered = catalogue.file("covered", np.where(valid, truth(here), 77).astype("uint8"), grid, valid=valid)
+    catalogue.item("covered", {"image": (covered, grid)}, grid, taken="2021-08-01")
+    alone = whole(found(catalogue, area_of(here)), here)
+    np.testing.assert_array_equal(alone.valid, valid)
+    np.testing.assert_array_equal(alone.data[:, valid], truth(here)[:, valid])
+    catalogue.scene("below", here, taken="2021-07-01")
+    both = whole(found(catalogue, area_of(here)), here)
+    assert both.valid.all()
+    np.testing.assert_array_equal(both.data, truth(here))
 
 
 def test_an_asset_for_each_band(catalogue):
