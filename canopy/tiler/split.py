@@ -32,6 +32,9 @@ from canopy.errors import RecipeError
 
 Split = Literal["train", "val", "test"]
 
+TOUCHING_M: Final = 1e-3
+"""Chips no farther apart than this touch: edges at large coordinates are rounded, and LiDAR is good to decimetres."""
+
 BUFFER: Final = "buffer"
 """The split of a chip that is given up because it lies too near a chip of another split."""
 
@@ -328,7 +331,7 @@ def take_out_buffer(places: Sequence[Place], splits: Sequence[str], buffer_m: fl
             inside = [i for i in candidates if places[i].crs == crs]
             tree = STRtree(box(*_footprints_in(crs, [places[i] for i in above]).T))
             own = box(*np.array([places[i].footprint_m for i in inside]).T)
-            near = tree.query(own, predicate="dwithin", distance=buffer_m)[0]
+            near = tree.query(own, predicate="dwithin", distance=buffer_m + TOUCHING_M)[0]
             for i in np.unique(near):
                 kept[inside[i]] = BUFFER
         above += [i for i in candidates if kept[i] == split]

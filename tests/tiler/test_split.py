@@ -93,6 +93,17 @@ def test_without_the_buffer_the_same_check_finds_leaks():
     assert not leaks(places, take_out_buffer(places, drawn, 30), 30)
 
 
+def test_chips_that_touch_are_parted_also_where_their_edge_is_rounded():
+    """Windows of 0.6 m pixels, edge to edge: as the lattice computes them, the same edge differs in its last bit."""
+    edge, nearly = 302592.0, 302591.99999999994
+    assert edge != nearly
+    left = replace(place("l", 0, 0), footprint_m=(302438.4, 0.0, nearly, 153.6))
+    right = replace(place("r", 0, 0), footprint_m=(edge, 0.0, 302745.6, 153.6))
+    beyond = replace(place("b", 0, 0), footprint_m=(302592.6, 0.0, 302746.2, 153.6))
+    assert take_out_buffer([left, right], ["train", "val"], 0.0) == ["buffer", "val"]
+    assert take_out_buffer([left, beyond], ["train", "val"], 0.0) == ["train", "val"]
+
+
 def test_the_buffer_reaches_across_coordinate_systems():
     """Two UTM zones overlap at their border: the same ground has two pairs of coordinates."""
     x, y = 800_000.0, 4_000_000.0
