@@ -331,6 +331,11 @@ def map_(
     if as_json:
         _print_json({"height": str(result.height), "error": str(result.error), "run": run})
         return
+    told = run["imagery"]
+    if told["alpha"] != "none":
+        typer.echo(f"band tagged alpha used as {told['alpha']}: {told['alpha_reason']}")
+    if told["left_out"]:
+        typer.echo(f"files of the folder that are no imagery by their ending: {', '.join(told['left_out'])}")
     took = run["time"]
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took["stages_s"].items())
     typer.echo(f"{result.height}\n{result.error}\n{result.run}")

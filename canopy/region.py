@@ -431,7 +431,7 @@ def _record(
             "source": plan.info.source, "files": plan.source.record(), "gsd_m": plan.info.gsd_m,
             "dtype": plan.info.dtype, "bands": plan.bands,
             "crs": plan.info.crs.to_string(), "resampling": plan.resampled, "alpha": plan.info.alpha,
-            "alpha_reason": plan.info.alpha_reason,
+            "alpha_reason": plan.info.alpha_reason, "left_out": plan.info.left_out,
         },
         "model": {
             "name": model.contract.name, "version": model.contract.version, "weights_sha256": model.contract.weights_sha256,
