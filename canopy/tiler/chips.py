@@ -82,6 +82,7 @@ COLUMNS: Final = (
     "id", "geometry", "site", "block", "split", "image_date", "lidar_date", "gap_days", "gsd_m", "valid_fraction",
     "height_mean_m", "height_p95_m", "shift_x_m", "shift_y_m", "shift_score", "flags", "image_source", "lidar_source",
     "licence", "sha256", "item", "crs", "row_px", "col_px", "quality", "reasons", "shift_applied", "shift_decision",
+    "derived_from",
 )  # fmt: skip
 """Columns of the index.
 
@@ -92,11 +93,12 @@ height. `shift_x_m`, `shift_y_m` and `shift_score` are what registration measure
 `shift_applied` whether its heights were moved, `shift_decision` why, or by how much where the acquisition's shift was taken.
 `quality` is keep, flag or drop, `flags` the names of the checks that found something and `reasons` their sentences. `sha256`
 is the digest of the bytes of the image file followed by those of the height file; `item` names the image; (`row_px`,
-`col_px`) is the window's first pixel on the lattice of `crs`.
+`col_px`) is the window's first pixel on the lattice of `crs`. `derived_from` names, with ";" between them, what the chip
+was made from besides its own imagery and LiDAR, for the audit.
 """
 
-_SINCE_QUALITY: Final[Mapping[str, Any]] = {
-    "quality": "keep", "reasons": "", "shift_applied": False, "shift_decision": "kept: not measured",
+_LATER: Final[Mapping[str, Any]] = {
+    "quality": "keep", "reasons": "", "shift_applied": False, "shift_decision": "kept: not measured", "derived_from": "",
 }  # fmt: skip
 """What the last columns say of a set that was built before they existed."""
 
@@ -964,6 +966,10 @@ def _index(chips: Sequence[Chip], plan: Plan) -> gpd.GeoDataFrame:
         "reasons": [verdicts[chip.id].reasons for chip in chips],
         "shift_applied": [chip.shift_applied for chip in chips],
         "shift_decision": [chip.shift_decision for chip in chips],
+        "derived_from": [
+            ";".join([*source.derived_from, *(Path(height).stem for height in item.heights if item.seed is not None)])
+            for source, item in zip(sources, items, strict=True)
+        ],
     }
     assert tuple(columns) == COLUMNS, "the index and its documentation differ"
     return gpd.GeoDataFrame(columns, geometry="geometry", crs="EPSG:4326")
@@ -986,7 +992,7 @@ def read_index(tile_set: Path) -> gpd.GeoDataFrame:
     if not path.is_file():
         raise RecipeError(f"{tile_set} is no tile set ({INDEX} is missing); build it with: canopy tile RECIPE")
     index = gpd.read_parquet(path)
-    for name, value in _SINCE_QUALITY.items():
+    for name, value in _LATER.items():
         if name not in index.columns:
             index[name] = value
     if missing := [name for name in COLUMNS if name not in index.columns]:

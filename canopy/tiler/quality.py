@@ -885,8 +885,9 @@ def _disagreement(chip: _Chip, check: ImageLabelDisagreement) -> _Measured | Non
     known, tall, _ = parts
     areas = {name: auc(cue[known], tall[known]) for name, cue in cues.items()}
     best = max(areas, key=lambda name: areas[name])
-    sentence = f"{best}, the best of its signs, finds the pixels above {check.tall_m:g} m with an AUC of {areas[best]:.2f}"
-    return _Measured(1.0 - areas[best], f"image and heights disagree: {sentence}, where 0.5 is chance")
+    wrong = 1.0 - areas[best]
+    sentence = f"{best}, the best of its signs, puts {wrong:.2f} of the pairs of pixels above and below {check.tall_m:g} m"
+    return _Measured(wrong, f"image and heights disagree: {sentence} in the wrong order, where 0.5 is chance")
 
 
 def _cue_medians(chip: _Chip, check: ImageLabelDisagreement) -> dict[str, float | None]:

@@ -97,6 +97,9 @@ class AnySource(_Table):
     image_source: str
     """What the imagery is and who made it, for the index and the model card."""
     lidar_source: str
+    derived_from: tuple[str, ...] = ()
+    """Items, products or files that imagery or labels were made from, for the audit; real height models photographed anew
+    are named by themselves."""
 
 
 class ImagedSource(AnySource):

@@ -323,8 +323,9 @@ licence = "Apache-2.0"
 image_source = "simulated"
 lidar_source = "drawn"
 """
-    tile_set = build_tile_set(recipe(tmp_path, source))
+    tile_set = build_tile_set(recipe(tmp_path, source + 'derived_from = ["PRODUCT"]\n'))
     index = read_index(tile_set)
+    assert set(index["derived_from"]) == {"PRODUCT;a_chm"}
     assert [name.split("_")[1] for name in index["id"]] == ["s1", "s2"]
     assert index["block"].nunique() == 1  # the same ground
     images = []
