@@ -222,6 +222,21 @@ def test_what_is_not_there_is_said_in_one_line(services, run, tmp_path):
         assert not (tmp_path / "set").exists()
 
 
+def test_an_area_across_two_utm_zones_needs_a_crs(services, run, tmp_path):
+    recipe = tmp_path / "set.toml"
+    source = COMMON | {"imagery": {"source": "photographs"}, "lidar": "clouds"}
+    recipe.write_text(tomli_w.dumps({key: value for key, value in RECIPE.items() if key != "crs"} | {"source": [source]}))
+    # Wide enough to hold the photographs and the border at longitude -120.
+    west, south, _, north = degrees(WHOLE)
+    box = [f"{value:.6f}" for value in (west, south, -119.999, north)]
+    code, _, told = run("tile", recipe, "--bbox", *box)
+    assert code == 1
+    assert "EPSG:32610" in told
+    assert "EPSG:32611" in told
+    assert "crs" in told
+    assert not (tmp_path / "set").exists()
+
+
 def test_a_search_and_the_map_of_it(services, tiny_model, wood, run, tmp_path):
     code, out, _ = run("search", "photographs", "--bbox", *BOX, "--out", "found.json", "--json")
     assert code == 0
