@@ -190,9 +190,11 @@ def plane(z_m: Floats) -> Floats:
     """The plane through the known cells by least squares, at all cells."""
     rows, cols = np.nonzero(np.isfinite(z_m))
     middle = rows.mean(), cols.mean()
-    steps = np.column_stack([np.ones(rows.size), rows - middle[0], cols - middle[1]])
+    # The sums in a fixed order, which a library of linear algebra does not promise.
+    products, right = np.zeros((3, 3)), np.zeros(3)
+    _sum_products(z_m, middle[0], middle[1], products, right)
     # By the normal equations; a single row or column of cells leaves one slope open, which `pinv` sets to 0.
-    level, per_row, per_col = np.linalg.pinv(steps.T @ steps) @ (steps.T @ z_m[rows, cols])
+    level, per_row, per_col = np.linalg.pinv(products) @ right
     return np.asarray(
         level + per_row * (np.arange(z_m.shape[0]) - middle[0])[:, None] + per_col * (np.arange(z_m.shape[1]) - middle[1])
     )
@@ -229,9 +231,25 @@ def membrane(z_m: Floats, sweeps: int = 24) -> Floats:
     n = np.isfinite(quads).sum(axis=(1, 3))
     coarse = np.divide(np.nansum(quads, axis=(1, 3)), n, out=np.full(half, np.nan), where=n > 0)
     coarse = membrane(coarse, sweeps)
-    places = np.meshgrid((np.arange(rows) - 0.5) / 2, (np.arange(cols) - 0.5) / 2, indexing="ij")
-    out = np.where(known, z_m, ndimage.map_coordinates(coarse, places, order=1, mode="nearest"))
-    _relax(out, known, sweeps)
+    row, col = np.nonzero(~known)
+    out = z_m.copy()
+    out[row, col] = ndimage.map_coordinates(coarse, [(row - 0.5) / 2, (col - 0.5) / 2], order=1, mode="nearest")
+    _relax(out, row, col, sweeps)
+    return out
+
+
+def farther_than(reach: float, known: NDArray[np.bool_], step: tuple[float, float]) -> NDArray[np.bool_]:
+    """Cells whose centre lies farther than `reach` from the centre of every known cell; all where none is known.
+
+    Only cells within reach are looked at, which next to a distance transform of the whole costs little.
+
+    Args:
+        reach: in the unit of `step`.
+        known: (row, col).
+        step: from row to row and from column to column.
+    """
+    out = np.empty(known.shape, np.bool_)
+    _farther_than(reach, known, *step, out)
     return out
 
 
@@ -300,15 +318,41 @@ def _lowest(  # noqa: PLR0917 - as above
 
 
 @compiled
-def _relax(z_m: Floats, known: NDArray[np.bool_], sweeps: int) -> None:
-    """Gauss-Seidel sweeps of Laplace's equation, over-relaxed but for the last four, which smooth what that roughens."""
+def _sum_products(z_m: Floats, middle_row: float, middle_col: float, products: Floats, right: Floats) -> None:
+    """Sums of the products of (1, row, column) with each other and with z, over the known cells."""
+    rows, cols = z_m.shape
+    for r in range(rows):
+        for c in range(cols):
+            z = z_m[r, c]
+            if not np.isfinite(z):
+                continue
+            v, u = r - middle_row, c - middle_col
+            products[0, 0] += 1.0
+            products[1, 1] += v * v
+            products[2, 2] += u * u
+            products[0, 1] += v
+            products[0, 2] += u
+            products[1, 2] += v * u
+            right[0] += z
+            right[1] += v * z
+            right[2] += u * z
+    products[1, 0], products[2, 0], products[2, 1] = products[0, 1], products[0, 2], products[1, 2]
+
+
+@compiled
+def _relax(z_m: Floats, row: NDArray[np.int64], col: NDArray[np.int64], sweeps: int) -> None:
+    """Gauss-Seidel sweeps of Laplace's equation over the cells listed.
+
+    Over-relaxed but for the last four, which smooth what that roughens.
+    """
     rows, cols = z_m.shape
     for sweep in range(sweeps):
         step = 1.5 if sweep < sweeps - 4 else 1.0
-        for r in range(rows):
-            for c in range(cols):
-                if known[r, c]:
-                    continue
+        for i in range(row.size):
+            r, c = row[i], col[i]
+            if 0 < r < rows - 1 and 0 < c < cols - 1:
+                mean = (z_m[r - 1, c] + z_m[r + 1, c] + z_m[r, c - 1] + z_m[r, c + 1]) * 0.25
+            else:
                 total, n = 0.0, 0
                 if r > 0:
                     total, n = total + z_m[r - 1, c], n + 1
@@ -318,4 +362,37 @@ def _relax(z_m: Floats, known: NDArray[np.bool_], sweeps: int) -> None:
                     total, n = total + z_m[r, c - 1], n + 1
                 if c < cols - 1:
                     total, n = total + z_m[r, c + 1], n + 1
-                z_m[r, c] += step * (total / n - z_m[r, c])
+                mean = total / n
+            z_m[r, c] += step * (mean - z_m[r, c])
+
+
+@compiled
+def _farther_than(reach: float, known: NDArray[np.bool_], down: float, across: float, out: NDArray[np.bool_]) -> None:
+    rows, cols = known.shape
+    none = 1 << 30
+    # Rows to the nearest known cell of the same column.
+    away = np.empty((rows, cols), np.int32)
+    for c in range(cols):
+        away[0, c] = 0 if known[0, c] else none
+    for r in range(1, rows):
+        for c in range(cols):
+            away[r, c] = 0 if known[r, c] else min(away[r - 1, c] + 1, none)
+    for r in range(rows - 2, -1, -1):
+        for c in range(cols):
+            away[r, c] = min(away[r, c], away[r + 1, c] + 1)
+    for r in range(rows):
+        near = False  # whether any column has a known cell within reach of this row
+        for c in range(cols):
+            out[r, c] = away[r, c] == none or away[r, c] * down > reach
+            near |= not out[r, c]
+        if not near:
+            continue
+        for c in range(cols):
+            if not out[r, c]:
+                continue
+            k = 1
+            while k < cols and k * across <= reach and out[r, c]:
+                for other in (c - k, c + k):
+                    if 0 <= other < cols and away[r, other] != none:
+                        out[r, c] &= math.sqrt((away[r, other] * down) ** 2 + (k * across) ** 2) > reach
+                k += 1

@@ -57,7 +57,7 @@ class RawPoints:
     """Between flight lines, by its flag or, in formats below 6, class 12; None where the format knows of no such thing."""
     gps_time_s: Floats | None = None
     """Adjusted standard GPS time as stored, seconds since the GPS epoch less 1e9; None where the source has no GPS time or
-    only seconds of an unnamed week."""
+    only seconds of an unnamed week, or where it was not asked for."""
 
     @property
     def size(self) -> int:
@@ -92,7 +92,12 @@ class PointSource(Protocol):
         """Points in all, at least 1."""
 
     def chunks(
-        self, bounds: Bounds | None = None, spacing: float | None = None, chunk_points: int = CHUNK_POINTS
+        self,
+        bounds: Bounds | None = None,
+        spacing: float | None = None,
+        chunk_points: int = CHUNK_POINTS,
+        *,
+        gps_time: bool = True,
     ) -> Iterator[RawPoints]:
         """The points within `bounds`, at most `chunk_points` at a time, always in the same order.
 
@@ -102,6 +107,7 @@ class PointSource(Protocol):
                 detail leaves out the levels that are finer; one without, a plain LAS or LAZ file, has all its points in
                 one level and gives them all.
             chunk_points: most points in a chunk.
+            gps_time: whether the times of the points are of use; without them decoding takes less time.
 
         Raises:
             LidarError: the points cannot be read whole: the file breaks off, a part of it is missing, a server refuses.
@@ -217,10 +223,14 @@ def points_within(
     record: laspy.PackedPointRecord, scales: Floats, offsets: Floats, bounds: Bounds | None, *, standard_time: bool = False
 ) -> RawPoints:
     """The points of one record of a LAS file, scaled, within `bounds`; `standard_time` is `has_standard_time`."""
-    x, y, z = (record[axis] * scale + offset for axis, scale, offset in zip("XYZ", scales, offsets, strict=True))
-    classes = np.asarray(record["classification"], np.uint8)
+    # Copies throughout, so that the record, which has more fields, need not be kept.
+    x, y, z = (record[axis] * scale for axis, scale in zip("XYZ", scales, strict=True))
+    x += offsets[0]
+    y += offsets[1]
+    z += offsets[2]
+    classes = np.array(record["classification"], np.uint8)
     flagged = "overlap" in record.point_format.dimension_names
-    times = {"gps_time_s": np.asarray(record["gps_time"], np.float64)} if standard_time else {}
+    times = {"gps_time_s": np.array(record["gps_time"], np.float64)} if standard_time else {}
     return clipped(
         {
             **times,
@@ -352,7 +362,12 @@ class LasFile:
         return int(self.header.point_count)
 
     def chunks(
-        self, bounds: Bounds | None = None, spacing: float | None = None, chunk_points: int = CHUNK_POINTS
+        self,
+        bounds: Bounds | None = None,
+        spacing: float | None = None,
+        chunk_points: int = CHUNK_POINTS,
+        *,
+        gps_time: bool = True,
     ) -> Iterator[RawPoints]:
         """See `PointSource`; all points are decoded unless the whole file lies outside `bounds`."""
         import laspy
@@ -361,13 +376,13 @@ class LasFile:
         if bounds is not None and apart(self.bounds, bounds):
             return
         try:
-            wanted = wanted_fields(standard_time=has_standard_time(self.header))
+            wanted = wanted_fields(standard_time=gps_time and has_standard_time(self.header))
             reader = laspy.open(self.path, decompression_selection=wanted)
         except Exception as error:  # as above; the file was replaced since
             raise unreadable(self.name, error) from error
         with reader:
             scales, offsets = reader.header.scales, reader.header.offsets
-            standard_time = has_standard_time(reader.header)
+            standard_time = gps_time and has_standard_time(reader.header)
             read, promised = 0, int(reader.header.point_count)
             while read < promised:
                 try:

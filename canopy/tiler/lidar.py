@@ -38,6 +38,7 @@ from canopy.tiler.ground import (
     GroundCells,
     Surface,
     centred,
+    farther_than,
     low_noise,
     membrane,
     morphological_ground,
@@ -88,7 +89,7 @@ GPS_EPOCH = datetime(1980, 1, 6)  # noqa: DTZ001 - UTC throughout
 GPS_LEAP_S = 18
 """By which GPS time is ahead of UTC since 2017, and 1-5 s less in the years of airborne LiDAR before: enough for a day."""
 
-_IS_GROUND, _IS_BUILDING, _IS_WANTED, _IS_EXCLUDED = 1, 2, 4, 8
+_IS_GROUND, _IS_BUILDING, _IS_WANTED, _IS_EXCLUDED, _IS_NOISE = 1, 2, 4, 8, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +144,7 @@ class LidarOptions:
     """Voids of at most this many 4-connected pixels, and not at the grid's edge, are interpolated from around them."""
     void_radius_m: float = 2.5
     """A large void is what a circle of this radius covers that holds no return, metres."""
-    chunk_points: int = 1_000_000
+    chunk_points: int = 250_000
     """Points decoded at a time."""
     keep_points: int = 16_000_000
     """Points kept between the passes (21 bytes each); a larger cloud is decoded twice."""
@@ -363,11 +364,14 @@ def ground_surface(
 
 _REFUSED = ("noise", "excluded_class", "withheld", "overlap", "other_return", "isolated", "outside_grid")
 """Why the reader leaves a point out, the first that holds."""
+_NOISE, _CLASS, _WITHHELD, _OVERLAP, _OUTSIDE = (
+    _REFUSED.index(reason) for reason in ("noise", "excluded_class", "withheld", "overlap", "outside_grid")
+)
 _FATES = ("used", "outside_grid", "no_ground", "above_max_height", "below_ground", "negative")
 """What becomes of the others; "negative" are among the used."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Chunk:
     x: Floats
     """Grid CRS."""
@@ -377,7 +381,7 @@ class _Chunk:
     """Sums of the `_IS_...`; what is excluded by its class is here only if it is a building."""
 
     def part(self, keep: NDArray[np.bool_]) -> _Chunk:
-        return _Chunk(x=self.x[keep], y=self.y[keep], z_m=self.z_m[keep], flags=self.flags[keep])
+        return _Chunk(self.x[keep], self.y[keep], self.z_m[keep], self.flags[keep])
 
 
 class _Scene:
@@ -414,7 +418,7 @@ class _Scene:
         self.dropped: dict[str, int] = {}
         self.class_counts: dict[int, int] = {}
         self.files_outside = 0
-        self._seconds = (math.inf, -math.inf)
+        self._seconds = np.array([math.inf, -math.inf])
         self._undated = False
         self._kept: list[_Chunk] | None = None
 
@@ -481,7 +485,7 @@ class _Scene:
                 vertices = one_per_place(x[known], y[known], z_m[known], 0.0)
         facts["ground_cells"] = int(np.count_nonzero(known))
         z_m = centred(place)
-        z_m[ndimage.distance_transform_edt(~known) * options.ground_cell_m > options.ground_gap_m] = np.nan
+        z_m[farther_than(options.ground_gap_m, known, (options.ground_cell_m, options.ground_cell_m))] = np.nan
         tin = None
         if vertices is not None:
             method += ", triangulated"
@@ -511,11 +515,12 @@ class _Scene:
             yield chunk.part(~alone) if alone.any() else chunk
 
     def _decoded(self) -> Iterator[_Chunk]:
+        dated = self.read > 0  # once is enough
         self.read, self.dropped, self.class_counts, self.files_outside = 0, dict.fromkeys(_REFUSED, 0), {}, 0
         kept: list[_Chunk] | None = []
         kept_points = 0
         for source in self.sources:
-            for chunk in self._source_chunks(source):
+            for chunk in self._source_chunks(source, gps_time=not dated):
                 kept_points += chunk.x.size
                 if kept is not None and kept_points <= self.options.keep_points:
                     kept.append(chunk)
@@ -524,7 +529,7 @@ class _Scene:
                 yield chunk
         self._kept = kept
 
-    def _source_chunks(self, source: PointSource) -> Iterator[_Chunk]:
+    def _source_chunks(self, source: PointSource, *, gps_time: bool) -> Iterator[_Chunk]:
         options = self.options
         crs = crs_of(source, options.crs)
         z_unit_m = options.z_unit_m or z_unit_m_of(source, options.crs)
@@ -533,18 +538,10 @@ class _Scene:
             self.files_outside += 1
             return
         spacing = options.spacing_m / place.metres_per_unit if options.spacing_m else None
-        noise = [c for c in options.drop_classes if c in NOISE_CLASSES]
-        for points in source.chunks(place.source_bounds, spacing, options.chunk_points):
+        class_flags = _flags_of_classes(options.drop_classes)
+        for points in source.chunks(place.source_bounds, spacing, options.chunk_points, gps_time=gps_time):
             self.read += points.decoded
-            self.dropped["outside_grid"] += points.decoded - points.size
-            x, y = place(points.x, points.y)
-            near = inside(x, y, self.bounds)
-            classes = points.classification
-            for code, n in enumerate(np.bincount(classes[near], minlength=1)):
-                if n:
-                    self.class_counts[code] = self.class_counts.get(code, 0) + int(n)
-            self._note_days(points.gps_time_s, near)
-            wanted = np.ones(points.size, bool)
+            wanted = np.ones(0, bool)
             if self.returns != "all":
                 if not points.return_number.all():
                     raise LidarError(
@@ -553,49 +550,46 @@ class _Scene:
                     )
                 of = points.number_of_returns if self.returns == "last" else 1
                 wanted = points.return_number == of
-            building = np.isin(classes, BUILDING_CLASSES)
-            excluded = np.isin(classes, options.drop_classes)
-            fate = np.zeros(points.size, np.uint8)
-            for reason, holds in (
-                ("outside_grid", ~near),
-                *([("overlap", points.overlap)] if options.drop_overlap and points.overlap is not None else []),
-                ("withheld", points.withheld),
-                ("excluded_class", excluded),
-                ("noise", np.isin(classes, noise)),
-            ):
-                fate[holds] = 1 + _REFUSED.index(reason)
-            for reason, n in zip(_REFUSED, np.bincount(fate, minlength=len(_REFUSED) + 1)[1:], strict=True):
-                self.dropped[reason] += int(n)
-            keep = (fate == 0) | (building & excluded & near & ~points.withheld)
-            flags = (
-                _IS_GROUND * np.isin(classes, GROUND_CLASSES)
-                + _IS_BUILDING * building
-                + _IS_WANTED * wanted
-                + _IS_EXCLUDED * excluded
-            )
-            yield _Chunk(
-                x=x[keep],
-                y=y[keep],
-                z_m=(points.z[keep] * z_unit_m).astype(np.float32),
-                flags=flags[keep].astype(np.uint8),
-            )
-
-    def _note_days(self, gps_time_s: Floats | None, near: NDArray[np.bool_]) -> None:
-        if gps_time_s is None:
-            self._undated = True
-            return
-        known = gps_time_s[near & (gps_time_s != 0)]  # 0 is what producers write who have none
-        if known.size:
-            seconds = float(known.min()), float(known.max())
-            self._seconds = (min(seconds[0], self._seconds[0]), max(seconds[1], self._seconds[1]))
+            overlap = points.overlap if options.drop_overlap and points.overlap is not None else np.ones(0, bool)
+            times = np.empty(0) if points.gps_time_s is None else points.gps_time_s
+            self._undated |= gps_time and points.gps_time_s is None
+            x, y = place(points.x, points.y)
+            z_m, flags = np.empty(x.size, np.float32), np.empty(x.size, np.uint8)
+            refused, class_counts = np.zeros(len(_REFUSED), np.int64), np.zeros(256, np.int64)
+            kept = _sort_out(
+                x, y, points.z, points.classification, points.withheld, overlap, wanted, times, np.array(self.bounds),
+                z_unit_m, class_flags, z_m, flags, refused, class_counts, self._seconds,
+            )  # fmt: skip
+            refused[_OUTSIDE] += points.decoded - points.size
+            for reason, n in zip(_REFUSED, refused.tolist(), strict=True):
+                self.dropped[reason] += n
+            for code in np.flatnonzero(class_counts).tolist():
+                self.class_counts[code] = self.class_counts.get(code, 0) + int(class_counts[code])
+            if kept == x.size:
+                yield _Chunk(x, y, z_m, flags)
+            else:  # copies, so that what was refused takes no memory
+                yield _Chunk(x[:kept].copy(), y[:kept].copy(), z_m[:kept].copy(), flags[:kept].copy())
 
     @property
     def days(self) -> tuple[date, date] | None:
         """UTC days of the earliest and the latest point read; None unless every source tells."""
         if self._undated or self._seconds[0] > self._seconds[1]:
             return None
-        first, last = (GPS_EPOCH + timedelta(seconds=s + 1e9 - GPS_LEAP_S) for s in self._seconds)
+        first, last = (GPS_EPOCH + timedelta(seconds=s + 1e9 - GPS_LEAP_S) for s in self._seconds.tolist())
         return first.date(), last.date()
+
+
+def _flags_of_classes(drop_classes: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The `_IS_...` that follow from a point's class, for all 256 of them."""
+    flags = np.zeros(256, np.uint8)
+    for classes, flag in (
+        (GROUND_CLASSES, _IS_GROUND),
+        (BUILDING_CLASSES, _IS_BUILDING),
+        (drop_classes, _IS_EXCLUDED),
+        (set(drop_classes) & set(NOISE_CLASSES), _IS_NOISE),
+    ):
+        flags[list(classes)] |= flag
+    return flags
 
 
 _NORMALISED = "none, heights above ground as delivered"
@@ -727,12 +721,9 @@ class _Canvas:
         """Pixels of the grid covered by a circle of `void_radius_m` without a return."""
         options, grid, unit_m = self.scene.options, self.scene.grid, self.scene.metres_per_unit
         pixel_m = (grid.gsd[1] * unit_m, grid.gsd[0] * unit_m)
-        empty = self.returns == 0
-        centres = ndimage.distance_transform_edt(empty, sampling=pixel_m) > options.void_radius_m
-        if not centres.any():
-            return np.zeros(grid.shape, bool)
-        covered = ndimage.distance_transform_edt(~centres, sampling=pixel_m) <= options.void_radius_m
-        return self.cropped(covered & empty)
+        has_return = self.returns > 0
+        centres = farther_than(options.void_radius_m, has_return, pixel_m)
+        return self.cropped(~farther_than(options.void_radius_m, centres, pixel_m) & ~has_return)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -840,6 +831,59 @@ def _interpolate_net(  # noqa: PLR0917 - compiled loops take plain arrays and nu
             low = net[k, r, c] + u * (net[k, r, c + 1] - net[k, r, c])
             high = net[k, r + 1, c] + u * (net[k, r + 1, c + 1] - net[k, r + 1, c])
             out[k, i] = low + v * (high - low)
+
+
+@compiled
+def _sort_out(  # noqa: PLR0917 - as above
+    x: Floats,
+    y: Floats,
+    z: Floats,
+    classes: NDArray[np.uint8],
+    withheld: NDArray[np.bool_],
+    overlap: NDArray[np.bool_],
+    wanted: NDArray[np.bool_],
+    gps_time_s: Floats,
+    bounds: Floats,
+    z_unit_m: float,
+    flags_of_class: NDArray[np.uint8],
+    z_m: NDArray[np.float32],
+    flags: NDArray[np.uint8],
+    refused: NDArray[np.int64],
+    class_counts: NDArray[np.int64],
+    seconds: Floats,
+) -> int:
+    """Move the points that are kept to the front of `x`, `y`, `z_m` and `flags`, and count the others; how many are kept.
+
+    Of `overlap`, `wanted` and `gps_time_s` an empty array means: none is, all are, none is known.
+    """
+    kept = 0
+    for i in range(x.size):
+        code = classes[i]
+        near = bounds[0] <= x[i] <= bounds[2] and bounds[1] <= y[i] <= bounds[3]  # NaN is not
+        if near:
+            class_counts[code] += 1
+            if gps_time_s.size and gps_time_s[i] != 0.0:  # 0 is what producers write who have none
+                seconds[0], seconds[1] = min(seconds[0], gps_time_s[i]), max(seconds[1], gps_time_s[i])
+        flag = flags_of_class[code]
+        fine = False
+        if flag & _IS_NOISE:
+            refused[_NOISE] += 1
+        elif flag & _IS_EXCLUDED:
+            refused[_CLASS] += 1
+        elif withheld[i]:
+            refused[_WITHHELD] += 1
+        elif overlap.size and overlap[i]:
+            refused[_OVERLAP] += 1
+        elif not near:
+            refused[_OUTSIDE] += 1
+        else:
+            fine = True
+        if fine or (flag & _IS_BUILDING and flag & _IS_EXCLUDED and near and not withheld[i]):
+            if wanted.size == 0 or wanted[i]:
+                flag |= _IS_WANTED
+            x[kept], y[kept], z_m[kept], flags[kept] = x[i], y[i], z[i] * z_unit_m, flag
+            kept += 1
+    return kept
 
 
 @compiled

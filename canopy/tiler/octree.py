@@ -268,24 +268,39 @@ class CopcFile:
         return nodes
 
     def chunks(
-        self, bounds: Bounds | None = None, spacing: float | None = None, chunk_points: int = CHUNK_POINTS
+        self,
+        bounds: Bounds | None = None,
+        spacing: float | None = None,
+        chunk_points: int = CHUNK_POINTS,
+        *,
+        gps_time: bool = True,
     ) -> Iterator[RawPoints]:
         """See `PointSource`."""
         bounds = checked(bounds, spacing, chunk_points)
         if bounds is not None and apart(self.bounds, bounds):
             return
-        yield from _regrouped(self._pieces(self.nodes(bounds, spacing), bounds, chunk_points), chunk_points)
+        yield from _regrouped(
+            self._pieces(self.nodes(bounds, spacing), bounds, chunk_points, gps_time=gps_time), chunk_points
+        )
 
-    def _pieces(self, nodes: NDArray[Any], bounds: Bounds | None, chunk_points: int) -> Iterator[RawPoints]:
+    def _pieces(
+        self, nodes: NDArray[Any], bounds: Bounds | None, chunk_points: int, *, gps_time: bool
+    ) -> Iterator[RawPoints]:
         batches = list(_batches(nodes, chunk_points))
         spans = [span for batch in batches for span in _spans(batch)]
         arrive = ahead(spans, lambda span: self.file.read(span[0], span[1] - span[0]), self.file.connections)
         for batch in batches:
             spans = _spans(batch)
-            yield self._decoded(batch, spans, list(islice(arrive, len(spans))), bounds)
+            yield self._decoded(batch, spans, list(islice(arrive, len(spans))), bounds, gps_time=gps_time)
 
     def _decoded(
-        self, batch: NDArray[Any], spans: list[tuple[int, int]], parts: list[bytes], bounds: Bounds | None
+        self,
+        batch: NDArray[Any],
+        spans: list[tuple[int, int]],
+        parts: list[bytes],
+        bounds: Bounds | None,
+        *,
+        gps_time: bool,
     ) -> RawPoints:
         import laspy
         import lazrs
@@ -299,10 +314,11 @@ class CopcFile:
             compressed.append(memoryview(data)[place - start : place - start + size])
             table.append((int(entry["count"]), size))
         count = sum(n for n, _ in table)
+        standard_time = gps_time and has_standard_time(self.header)
         try:
             points = np.empty(count * self.header.point_format.size, np.uint8)
             lazrs.decompress_points_with_chunk_table(
-                b"".join(compressed), self.laszip, points, table, wanted_fields().to_lazrs()
+                b"".join(compressed), self.laszip, points, table, wanted_fields(standard_time=standard_time).to_lazrs()
             )
             record = laspy.PackedPointRecord.from_buffer(points, self.header.point_format)
         except Exception as error:  # as in `open`
@@ -310,7 +326,6 @@ class CopcFile:
                 f"{self.name}: the {count} points in bytes {spans[0][0]} to {spans[-1][1] - 1} cannot be decoded "
                 f"({first_line(error)}); fetch it again"
             ) from error
-        standard_time = has_standard_time(self.header)
         return points_within(record, self.header.scales, self.header.offsets, bounds, standard_time=standard_time)
 
 
@@ -569,15 +584,20 @@ class EptFolder:
         return page
 
     def chunks(
-        self, bounds: Bounds | None = None, spacing: float | None = None, chunk_points: int = CHUNK_POINTS
+        self,
+        bounds: Bounds | None = None,
+        spacing: float | None = None,
+        chunk_points: int = CHUNK_POINTS,
+        *,
+        gps_time: bool = True,
     ) -> Iterator[RawPoints]:
         """See `PointSource`. A node that the hierarchy names and the folder lacks is an error."""
         bounds = checked(bounds, spacing, chunk_points)
         if bounds is not None and apart(self.bounds, bounds):
             return
-        yield from _regrouped(self._pieces(self.nodes(bounds, spacing), bounds), chunk_points)
+        yield from _regrouped(self._pieces(self.nodes(bounds, spacing), bounds, gps_time=gps_time), chunk_points)
 
-    def _pieces(self, nodes: dict[Key, int], bounds: Bounds | None) -> Iterator[RawPoints]:
+    def _pieces(self, nodes: dict[Key, int], bounds: Bounds | None, *, gps_time: bool) -> Iterator[RawPoints]:
         suffix = "laz" if self.ept.dataType == "laszip" else "bin"
         files = [f"ept-data/{_text(key)}.{suffix}" for key in nodes]
         decode = self._laszip if suffix == "laz" else self._binary
@@ -586,17 +606,17 @@ class EptFolder:
             name = self.folder.name(file)
             if data is None:
                 raise LidarError(f"{name} is not there, the hierarchy has {count} points in it; fetch the whole EPT again")
-            yield decode(name, data, count, bounds)
+            yield decode(name, data, count, bounds, gps_time=gps_time)
 
-    def _laszip(self, name: str, data: bytes, count: int, bounds: Bounds | None) -> RawPoints:
+    def _laszip(self, name: str, data: bytes, count: int, bounds: Bounds | None, *, gps_time: bool) -> RawPoints:
         import laspy
 
         try:
-            with laspy.open(io.BytesIO(data), decompression_selection=wanted_fields()) as reader:
+            with laspy.open(io.BytesIO(data), decompression_selection=wanted_fields(standard_time=gps_time)) as reader:
                 held = int(reader.header.point_count)
                 record = reader.read_points(-1) if held == count else None
                 scales, offsets = reader.header.scales, reader.header.offsets
-                standard_time = has_standard_time(reader.header)
+                standard_time = gps_time and has_standard_time(reader.header)
         except Exception as error:  # laspy, lazrs, struct and numpy each raise their own on malformed bytes
             raise unreadable(name, error) from error
         if record is None:
@@ -605,7 +625,8 @@ class EptFolder:
             raise breaks_off(name, len(record), count, None)
         return points_within(record, scales, offsets, bounds, standard_time=standard_time)
 
-    def _binary(self, name: str, data: bytes, count: int, bounds: Bounds | None) -> RawPoints:
+    def _binary(self, name: str, data: bytes, count: int, bounds: Bounds | None, *, gps_time: bool) -> RawPoints:
+        del gps_time  # bare records name no kind of time, so none is given
         dimensions = {d.name: d for d in self.ept.dimensions}
         record = np.dtype([(d.name, d.dtype) for d in self.ept.dimensions])
         if len(data) != count * record.itemsize:
