@@ -18,7 +18,7 @@ do. The shift is that of the ground: a lean is not corrected, since no shift of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -40,7 +40,7 @@ APPLIED: Final = "applied"
 FINE_GSD_M: Final = 0.5
 """Finer images are averaged to about this: leaves are not in the heights."""
 COARSE_GSD_M: Final = 1.1
-"""Resolution at which the light is first searched."""
+"""Resolution at which the light is first searched, and followed in COARSE_STEPS."""
 BAND_M: Final = 2.0
 """Standard deviation of the Gaussian whose blur is subtracted from every map: crowns stay, fields and hills go."""
 BLUR_PX: Final = 0.8
@@ -63,12 +63,17 @@ LIGHT_GAIN: Final = 0.2
 LIGHT_SHARE: Final = 0.25
 """The same as a share of the score without a light."""
 SUNS: Final = 8
-COARSE_STEPS: Final = (0.25, 0.2, 0.15, 0.1)
+COARSE_STEPS: Final = (0.25, 0.12)
 FINE_STEPS: Final = (0.08, 0.05)
 """Steps of the climb in the shadow, m per m of height; the lean takes `LEAN_STEP` of them."""
 LEAN_STEP: Final = 0.2
 LEAN_ERROR: Final = 0.15
-"""Share of the fitted lean of the tree tops that counts as uncertainty of the ground's shift."""
+"""Share of the fitted lean of the tree tops that counts as uncertainty of the ground's shift: a lean together with the
+opposite shift looks nearly the same, and simulated leans come out short by about this much."""
+PLACE_ERROR: Final = 0.12
+"""Uncertainty along an axis where the halves agree and nothing leans, in pixels as they are compared."""
+CONFIDENCE: Final = 3.0
+"""A shift is applied when it is longer than this many times its uncertainty: a label that is in place stays there."""
 CELL_M: Final = 4.0
 """Side of the cells of the chessboard whose colours vote on their own."""
 EDGE_M: Final = 3.0
@@ -161,23 +166,15 @@ def _sunlight(h: Float32, step_m: float, row: float, col: float, rise: float) ->
 
 
 @njit(cache=True)
-def _surface(  # noqa: PLR0917 - numba takes arguments by position
-    h: Float32,
-    sunlight: Float32,
-    openness: Float32,
-    crown: Float32,
-    log_h: Float32,
-    step_m: float,
-    row: float,
-    col: float,
-    up: float,
+def _light(  # noqa: PLR0917 - numba takes arguments by position
+    h: Float32, sunlight: Float32, openness: Float32, crown: Float32, step_m: float, row: float, col: float, up: float
 ) -> Float32:
-    """Six maps of the heights, the sun at (row, col, up): crown, light, light in crowns, openness, direct sun, log height.
+    """Three maps of the heights, the sun at (row, col, up): light, light in crowns, direct sun.
 
     Crowns are clouds of leaves: slopes saturate and light wraps around them.
     """
     rows, cols = h.shape
-    out = np.empty((6, rows, cols), np.float32)
+    out = np.empty((3, rows, cols), np.float32)
     for r in range(rows):
         above, below = max(r - 1, 0), min(r + 1, rows - 1)
         for c in range(cols):
@@ -189,12 +186,9 @@ def _surface(  # noqa: PLR0917 - numba takes arguments by position
             facing = (-dy * row - dx * col + up) / math.sqrt(1 + dx * dx + dy * dy)
             direct = max(0.0, (facing + 0.22) / 1.22) * sunlight[r, c]
             light = math.log(direct + 0.25 * openness[r, c])
-            out[0, r, c] = crown[r, c]
-            out[1, r, c] = light
-            out[2, r, c] = light * crown[r, c]
-            out[3, r, c] = openness[r, c]
-            out[4, r, c] = direct
-            out[5, r, c] = log_h[r, c]
+            out[0, r, c] = light
+            out[1, r, c] = light * crown[r, c]
+            out[2, r, c] = direct
     return out
 
 
@@ -253,27 +247,56 @@ def _binned(a: NDArray[Any], factor: int) -> NDArray[Any]:
     return cut.reshape(*a.shape[:-2], rows // factor, factor, cols // factor, factor).mean((-3, -1))  # type: ignore[no-any-return]
 
 
+@njit(cache=True)
+def _weighted(maps: Float32, taps: Float32) -> Float32:
+    """Every map correlated with `taps` along rows and columns, mirrored at the edges."""
+    bands, rows, cols = maps.shape
+    n = len(taps) // 2
+    out = np.zeros_like(maps)
+    line = np.empty(cols + 2 * n, np.float32)
+    middle = line[n : n + cols]
+    for b in range(bands):
+        for r in range(rows):
+            line[:] = 0
+            for k in range(2 * n + 1):
+                q = (r + k - n) % (2 * rows)
+                above = maps[b, q if q < rows else 2 * rows - 1 - q]
+                for c in range(cols):
+                    middle[c] += taps[k] * above[c]
+            for k in range(n):
+                for c, e in ((-1 - k, n - 1 - k), (cols + k, n + cols + k)):
+                    p = c % (2 * cols)
+                    line[e] = middle[p if p < cols else 2 * cols - 1 - p]
+            sums = out[b, r]
+            for k in range(2 * n + 1):
+                beside = line[k : k + cols]
+                for c in range(cols):
+                    sums[c] += taps[k] * beside[c]
+    return out
+
+
+def _blurred(maps: Float32, sigma_px: float) -> Float32:
+    """(band, row, col) maps under a Gaussian that ends at 2.5 standard deviations; several times faster than SciPy's."""
+    radius = int(2.5 * sigma_px + 0.5)
+    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma_px) ** 2)
+    return _weighted(np.ascontiguousarray(maps, np.float32), (taps / taps.sum()).astype(np.float32))
+
+
 def _high_passed(maps: Float32, known: Float32, smooth: tuple[Float32, Float32] | None, sigma_px: float) -> Float32:
     """Each map slightly blurred, less its wide blur, both over known pixels only; 0 at the others."""
-    out = np.empty_like(maps)
-    for band, a in enumerate(maps):
-        if smooth is None:
-            soft = ndimage.gaussian_filter(a, BLUR_PX, truncate=2.5)
-            out[band] = soft - ndimage.gaussian_filter(soft, sigma_px, truncate=2.5)
-        else:
-            near, wide = smooth
-            soft = ndimage.gaussian_filter(a * known, BLUR_PX, truncate=2.5) / near * known
-            out[band] = (soft - ndimage.gaussian_filter(soft, sigma_px, truncate=2.5) / wide) * known
-    return out
+    if smooth is None:
+        soft = _blurred(maps, BLUR_PX)
+        return soft - _blurred(soft, sigma_px)
+    near, wide = smooth
+    soft = _blurred(maps * known, BLUR_PX) / near * known
+    return (soft - _blurred(soft, sigma_px) / wide) * known
 
 
 def _local_weight(known: Float32, sigma_px: float) -> tuple[Float32, Float32] | None:
     """Share of known pixels under both blurs of `_high_passed`; None where all are known."""
     if known.all():
         return None
-    near, wide = (
-        np.maximum(ndimage.gaussian_filter(known, sigma, truncate=2.5), np.float32(1e-3)) for sigma in (BLUR_PX, sigma_px)
-    )
+    near, wide = (np.maximum(_blurred(known[None], sigma)[0], np.float32(1e-3)) for sigma in (BLUR_PX, sigma_px))
     return near, wide
 
 
@@ -334,7 +357,7 @@ class _Pair:
         around = ndimage.gaussian_filter(self.h, 2.6 / gsd_m, truncate=2.0)
         self.openness = (0.3 + 0.7 / (1 + np.exp(np.clip((around - self.h - 1) / 1.8, -30, 30)))).astype(np.float32)
         self.crown = (1 / (1 + np.exp(-np.clip((self.h - 1.5) / 0.5, -30, 30)))).astype(np.float32)
-        self.log_h = np.log1p(np.maximum(self.h, 0)).astype(np.float32)
+        self.shape_maps = _blurred(np.stack([self.crown, self.openness, np.log1p(np.maximum(self.h, 0))]), SEEN_BLUR_PX)
         self.f_known = np.conj(fft.rfft2(self.known, self._shape))
         n = fft.irfft2(self.f_known * fft.rfft2(known_y, self._shape), self._shape)
         lags = np.arange(-reach_px - 1, reach_px + 2)
@@ -351,24 +374,35 @@ class _Pair:
         rows, cols = self.known_y.shape
         return fft.next_fast_len(rows + self.reach + 2, real=True), fft.next_fast_len(cols + self.reach + 2, real=True)
 
-    def seen(self, light: Any) -> Float32:
-        """Height maps as seen under `light` = (shadow row, shadow col, lean row, lean col), m per m of height."""
-        shadow = math.hypot(light[0], light[1])
+    def lit(self, shadow_row: float, shadow_col: float) -> Float32:
+        """The six height maps under a sun, seen from above: crown, openness, log height and those of `_light`."""
+        shadow = math.hypot(shadow_row, shadow_col)
         if shadow > 1e-3:
-            row, col, rise = -light[0] / shadow, -light[1] / shadow, 1 / shadow
+            row, col, rise = -shadow_row / shadow, -shadow_col / shadow, 1 / shadow
             cosine, up = math.cos(math.atan(rise)), math.sin(math.atan(rise))
             sun = _sunlight(self.h, self.gsd_m, row, col, rise)
         else:
             row = col = cosine = 0.0
             up, sun = 1.0, np.ones_like(self.h)
-        maps = _surface(self.h, sun, self.openness, self.crown, self.log_h, self.gsd_m, row * cosine, col * cosine, up)
-        maps = np.stack([ndimage.gaussian_filter(a, SEEN_BLUR_PX, truncate=2.5) for a in maps])
+        maps = _light(self.h, sun, self.openness, self.crown, self.gsd_m, row * cosine, col * cosine, up)
+        return np.concatenate([self.shape_maps, _blurred(maps, SEEN_BLUR_PX)])
+
+    def seen(self, light: Any, lit: Float32 | None = None) -> Float32:
+        """Height maps as seen under `light` = (shadow row, shadow col, lean row, lean col), m per m of height.
+
+        `lit`, the maps under its shadow, are drawn when they are not given.
+        """
+        maps = self.lit(light[0], light[1]) if lit is None else lit
         maps = _leant(maps, self.h, light[2], light[3], self.gsd_m, self.level_m)
         return _high_passed(maps, self.known, self.smooth, self.sigma)
 
     def score_map(self, x: Float32) -> Float64:
         """Score of every whole-pixel shift up to the reach, (2 reach + 1)²."""
-        return self.scored(self.cross(_whitened(x, self.known, 1e-3)))
+        return self.scored(self.cross(self.spectrum(_whitened(x, self.known, 1e-3))))
+
+    def spectrum(self, x: Float32) -> Any:
+        """Fourier transform of whitened height maps, for `cross`."""
+        return np.conj(fft.rfft2(x, self._shape))
 
     def scored(self, cross: Float64) -> Float64:
         """Scores (2 reach + 1)² of cross-covariances, per known pixel of the label: what hangs over gives none."""
@@ -379,8 +413,11 @@ class _Pair:
         i, j = np.unravel_index(int(scores.argmax()), scores.shape)
         self.shift = (int(i) - self.reach, int(j) - self.reach)
 
-    def cross(self, x: Float32, part: Float32 | None = None) -> Float64:
-        """Cross-covariances at every whole-pixel shift up to the reach, (2 reach + 1, 2 reach + 1, k, m)."""
+    def cross(self, fx: Any, part: Float32 | None = None) -> Float64:
+        """Cross-covariances at every whole-pixel shift up to the reach, (2 reach + 1, 2 reach + 1, k, m).
+
+        Of the maps with spectrum `fx`, with the image, of which only the pixels in `part` when that is given.
+        """
         y = self.y[:, self.pad : -self.pad, self.pad : -self.pad]
         if part is None:
             if self.fy is None:
@@ -389,10 +426,11 @@ class _Pair:
         else:
             fy, pairs = fft.rfft2(y * part, self._shape), self.pairs_with(part)
         lags = np.arange(-self.reach, self.reach + 1)
-        fx = np.conj(fft.rfft2(x, self._shape))
-        c = np.empty((len(lags), len(lags), len(x), len(y)))
-        for k in range(len(x)):
-            c[:, :, k] = np.moveaxis(fft.irfft2(fx[k] * fy, self._shape)[:, lags][:, :, lags], 0, -1)
+        c = np.empty((len(lags), len(lags), len(fx), len(y)))
+        for k in range(len(fx)):
+            # Only the rows of the lags go through the second inverse transform.
+            some = fft.ifft(fx[k] * fy, axis=1)[:, lags]
+            c[:, :, k] = np.moveaxis(fft.irfft(some, self._shape[1], axis=2)[:, :, lags], 0, -1)
         return np.asarray(c / pairs[:, :, None, None])
 
     def pairs_with(self, part: Float32) -> Float64:
@@ -412,35 +450,30 @@ class _Pair:
         patch = cross[start[0] : start[0] + 9, start[1] : start[1] + 9]
         knots = ndimage.spline_filter1d(ndimage.spline_filter1d(patch, 5, axis=0, mode="mirror"), 5, axis=1, mode="mirror")
 
-        def loss(v: Any) -> float:
-            weights = [_spline_weights(t, n) for t, n in zip(v, knots.shape[:2], strict=True)]
-            return -float(_dependence(np.einsum("r,c,rckm->km", weights[0], weights[1], knots)))
+        def loss(v: Float64) -> Float64:
+            rows, cols = (np.stack([_spline_weights(t, n) for t in v[:, i]]) for i, n in enumerate(knots.shape[:2]))
+            along = (rows @ knots.reshape(len(knots), -1)).reshape(len(v), knots.shape[1], -1)
+            return -_dependence((cols[:, None] @ along).reshape(len(v), *knots.shape[2:]))  # type: ignore[no-any-return]
 
         first = [
             float(np.clip(v + self.reach - s, 0, n - 1)) for v, s, n in zip(self.shift, start, knots.shape, strict=False)
         ]
-        found = optimize.minimize(
-            loss,
-            first,
-            method="L-BFGS-B",
-            bounds=[(max(0, v - 1), min(v + 1, n - 1)) for v, n in zip(first, knots.shape, strict=False)],
+        found = _least(
+            loss, np.array(first), [(max(0, v - 1), min(v + 1, n - 1)) for v, n in zip(first, knots.shape, strict=False)]
         )
         row, col = (float(v) + s - self.reach for v, s in zip(found.x, start, strict=True))
         return row, col, -float(found.fun)
 
     def around(self, x: Float32, at: tuple[int, ...]) -> Float64:
         """Cross-covariances at the 3 x 3 shifts around `at`, (3, 3, k, m)."""
-        wide = np.pad(x, ((0, 0), (self.pad, self.pad), (self.pad, self.pad))).reshape(len(x), -1)
-        flat = self.y.reshape(len(self.y), -1)
-        cols, size = self.y.shape[2], flat.shape[1]
-        out = np.empty((3, 3, len(x), len(flat)))
+        rows, cols = x.shape[1:]
+        flat = x.reshape(len(x), -1)
+        out = np.empty((3, 3, len(x), len(self.y)))
         for i in range(3):
             for j in range(3):
                 dy, dx = at[0] + i - 1, at[1] + j - 1
-                off = dy * cols + dx
-                a = wide[:, max(0, -off) : size - max(0, off)]
-                b = flat[:, max(0, off) : size - max(0, -off)]
-                out[i, j] = (a @ b.T) / self.pairs[dy + self.reach + 1, dx + self.reach + 1]
+                y = self.y[:, self.pad + dy : self.pad + dy + rows, self.pad + dx : self.pad + dx + cols]
+                out[i, j] = (flat @ y.reshape(len(y), -1).T) / self.pairs[dy + self.reach + 1, dx + self.reach + 1]
         return out
 
     def climb(self, light: Any, step: float) -> tuple[Any, float]:
@@ -451,7 +484,8 @@ class _Pair:
         """
         units = np.eye(4) * (step, step, LEAN_STEP * step, LEAN_STEP * step)
         lights = [light, *(light + sign * unit for unit in units for sign in (1, -1))]
-        x = np.concatenate([self.seen(v) for v in lights])
+        lit = self.lit(light[0], light[1])
+        x = np.concatenate([self.seen(v, lit if number == 0 or number > 4 else None) for number, v in enumerate(lights)])
         bands = len(x) // 9
         flat = x.reshape(len(x), -1)
         inner = (flat @ flat.T).astype(np.float64).reshape(9, bands, 9, bands) / float(self.known.sum())
@@ -465,25 +499,36 @@ class _Pair:
                 break
             at = to
 
-        def loss(v: Any) -> float:
-            w = np.concatenate([[1.0], np.repeat(v[:4] / 2, 2) * (1, -1, 1, -1, 1, -1, 1, -1)])
-            r, c = v[4:]
-            at = np.tensordot(np.outer(_between(r), _between(c)).ravel(), cross, 1)
-            xx = np.einsum("i,iajb,j->ab", w, inner, w)
-            xy = np.einsum("i,iab->ab", w, at)
-            now = light + step * v[:4] * (1, 1, LEAN_STEP, LEAN_STEP)
-            return self.price(now) - float(_information(xx, xy))
+        def loss(v: Float64) -> Float64:
+            w = np.concatenate([np.ones((len(v), 1)), np.repeat(v[:, :4] / 2, 2, axis=1) * (1, -1, 1, -1, 1, -1, 1, -1)], 1)
+            places = (_between(v[:, 4])[:, :, None] * _between(v[:, 5])[:, None]).reshape(len(v), 9)
+            half = (w @ inner.reshape(9, -1)).reshape(len(v), bands, 9, bands)
+            xx = (w[:, None, None] @ half)[:, :, 0]
+            xy = (w[:, None] @ (places @ cross.reshape(9, -1)).reshape(len(v), 9, -1)).reshape(len(v), bands, -1)
+            price = self.price(light + step * v[:, :4] * (1, 1, LEAN_STEP, LEAN_STEP))
+            return price - _information(xx, xy)  # type: ignore[no-any-return]
 
-        best = optimize.minimize(
-            loss, np.zeros(6), method="L-BFGS-B", bounds=[(-2, 2)] * 4 + [(-1, 1)] * 2, options={"maxiter": 40}
-        )
+        best = _least(loss, np.zeros(6), [(-2.0, 2.0)] * 4 + [(-1.0, 1.0)] * 2)
         self.shift = (at[0] + float(best.x[4]), at[1] + float(best.x[5]))
         return light + step * best.x[:4] * (1, 1, LEAN_STEP, LEAN_STEP), -float(best.fun)
 
-    def price(self, light: Any) -> float:
-        """Prior of the light in nats a pixel: few pixels cannot prove an unusual view."""
-        unusual = (light[0] ** 2 + light[1] ** 2) / SHADOW_PRIOR**2 + (light[2] ** 2 + light[3] ** 2) / LEAN_PRIOR**2
-        return 0.5 * float(unusual) / min(self.independent, LIGHT_CAP)
+    def price(self, lights: Float64) -> Float64:
+        """Prior of lights (n, 4) in nats a pixel: few pixels cannot prove an unusual view."""
+        unusual = (lights[:, :2] ** 2).sum(1) / SHADOW_PRIOR**2 + (lights[:, 2:] ** 2).sum(1) / LEAN_PRIOR**2
+        return np.asarray(0.5 * unusual / min(self.independent, LIGHT_CAP))
+
+
+def _least(loss: Callable[[Float64], Float64], start: Any, bounds: list[tuple[float, float]]) -> optimize.OptimizeResult:
+    """Minimum of `loss`, which takes points (n, k) at once: a gradient by differences is one call."""
+    small = 1e-6 * np.concatenate([np.zeros((1, len(start))), np.eye(len(start))])
+
+    def with_gradient(v: Float64) -> tuple[float, Float64]:
+        values = loss(v + small)
+        return float(values[0]), (values[1:] - values[0]) / 1e-6
+
+    return optimize.minimize(
+        with_gradient, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40, "ftol": 1e-7}
+    )
 
 
 def _spline_weights(t: float, count: int) -> Float64:
@@ -502,14 +547,14 @@ def _spline_weights(t: float, count: int) -> Float64:
     return out
 
 
-def _between(t: float) -> Float64:
-    """Weights of the values at -1, 0, 1 in the parabola through them, at t."""
-    return np.array([t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2])
+def _between(t: Float64) -> Float64:
+    """Weights (n, 3) of the values at -1, 0, 1 in the parabola through them, at t (n,)."""
+    return np.stack([t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2], axis=-1)
 
 
 def _information(xx: Float64, xy: Float64) -> Any:
-    """Mutual information of a Gaussian vector x with a white one y, nats, from covariances (k, k) and (..., k, m)."""
-    ridge = xx + 1e-3 * np.diag(np.diag(xx))
+    """Mutual information of a Gaussian vector x with a white one y, nats, from covariances (..., k, k) and (..., k, m)."""
+    ridge = xx * (1 + 1e-3 * np.eye(xx.shape[-1]))
     c = np.linalg.solve(np.linalg.cholesky(ridge), xy)
     return _dependence(c)
 
@@ -572,8 +617,8 @@ def _match(image: Pixels, height_m: Float32, gsd_m: float, reach_m: float) -> _M
     factor = max(1, round(FINE_GSD_M / gsd_m))
     fine = _pair(image, height_m, gsd_m, factor=factor, reach_m=reach_m, level_m=level_m)
     light: Float64 | None = np.zeros(4)
-    x = _whitened(fine.seen(light), fine.known, 1e-3)
-    cross = fine.cross(x)
+    fx = fine.spectrum(_whitened(fine.seen(light), fine.known, 1e-3))
+    cross = fine.cross(fx)
     fine.peak(fine.scored(cross))
     unlit, plain = fine.shift, fine.settle(cross)[2]
     light = None
@@ -585,10 +630,10 @@ def _match(image: Pixels, height_m: Float32, gsd_m: float, reach_m: float) -> _M
             fine.shift = (coarse.shift[0] * coarse_factor / factor, coarse.shift[1] * coarse_factor / factor)
             for step in FINE_STEPS:
                 found, _ = fine.climb(found, step)
-            lit_x = _whitened(fine.seen(found), fine.known, 1e-3)
-            lit_cross = fine.cross(lit_x)
+            lit_fx = fine.spectrum(_whitened(fine.seen(found), fine.known, 1e-3))
+            lit_cross = fine.cross(lit_fx)
             if fine.settle(lit_cross)[2] - plain >= max(LIGHT_GAIN, LIGHT_SHARE * plain):
-                light, x, cross = found, lit_x, lit_cross
+                light, fx, cross = found, lit_fx, lit_cross
     if light is None:
         fine.shift = unlit
     row, col, _ = fine.settle(cross)
@@ -597,25 +642,26 @@ def _match(image: Pixels, height_m: Float32, gsd_m: float, reach_m: float) -> _M
     far = np.hypot(away[0] - row, away[1] - col) * fine.gsd_m > 2.0
     floor, top = float(np.median(scores)), float(scores.max())
     rival = (float(scores[far].max()) - floor) / max(top - floor, 1e-9) if far.any() else 1.0
-    apart_m = _disagreement_m(fine, x, cross, ~far)
-    before, after = _on_common_pixels(fine, x, (row, col))
+    apart_m = _disagreement_m(fine, fx, cross, ~far)
+    before, after = _on_common_pixels(fine, fx, (row, col))
     lean_m = 0.0
     if light is not None:
         # The heights at `level_m` were held in place while leaning; what has to move is the ground.
         lean_m = math.hypot(light[2], light[3]) * level_m
         row, col = row - light[2] * level_m / fine.gsd_m, col - light[3] * level_m / fine.gsd_m
+    uncertainty_m = math.hypot(PLACE_ERROR * fine.gsd_m, apart_m / 2, LEAN_ERROR * lean_m)
     return _Match(
         x_m=col * fine.gsd_m, y_m=-row * fine.gsd_m, score_before=before, score_after=after, apart_m=apart_m, rival=rival,
-        uncertainty_m=math.hypot(apart_m / 2, LEAN_ERROR * lean_m), light=None if light is None else tuple(light.tolist()),
+        uncertainty_m=uncertainty_m, light=None if light is None else tuple(light.tolist()),
     )  # fmt: skip
 
 
-def _disagreement_m(pair: _Pair, x: Float32, cross: Float64, near: Mask) -> float:
+def _disagreement_m(pair: _Pair, fx: Any, cross: Float64, near: Mask) -> float:
     """Distance between the best shifts, among those `near`, of the two colours of a chessboard laid over the image."""
     cells = np.indices(pair.known.shape) // max(1, round(CELL_M / pair.gsd_m))
     black = (cells.sum(0) % 2).astype(np.float32)
     pairs, black_pairs = pair.pairs[1:-1, 1:-1, None, None], pair.pairs_with(black)[:, :, None, None]
-    black_cross = pair.cross(x, black)
+    black_cross = pair.cross(fx, black)
     white_cross = (cross * pairs - black_cross * black_pairs) / np.maximum(pairs - black_pairs, 1.0)
     kept, votes = pair.shift, []
     for part in (black_cross, white_cross):
@@ -625,18 +671,17 @@ def _disagreement_m(pair: _Pair, x: Float32, cross: Float64, near: Mask) -> floa
     return math.dist(*votes) * pair.gsd_m
 
 
-def _on_common_pixels(pair: _Pair, x: Float32, shift: tuple[float, float]) -> tuple[float, float]:
+def _on_common_pixels(pair: _Pair, fx: Any, shift: tuple[float, float]) -> tuple[float, float]:
     """Scores at no shift and at `shift`, both over the pixels of the image that have a height at either."""
     to = [int(np.clip(round(v), -pair.reach, pair.reach)) for v in shift]
     moved = ndimage.shift(pair.known, to, order=0, mode="constant", cval=0.0, prefilter=False)
     common = pair.known * moved
     if (common * pair.known_y).sum() < 1:
         return math.nan, math.nan
-    cross = pair.cross(x, common)
+    cross = pair.cross(fx, common)
     kept, pair.shift = pair.shift, shift
-    row, col, after = pair.settle(cross)
+    after = pair.settle(cross)[2]
     pair.shift = kept
-    del row, col
     return float(_dependence(cross[pair.reach, pair.reach])), after
 
 
@@ -652,8 +697,8 @@ def measure_shift(image: Pixels, height_m: Float32, gsd_m: float, settings: Regi
     """The shift of one chip, and whether it is to be applied to that chip.
 
     It is measured in any case. It is "kept" when the chip has too little canopy contrast, when the two halves of the chip
-    disagree, when another shift fits nearly as well, when it lies at the limit, within its own uncertainty, or gains too
-    little; and always with `settings.apply = "never"`.
+    disagree, when another shift fits nearly as well, when it lies at the limit, when it is not much longer than its own
+    uncertainty, or gains too little; and always with `settings.apply = "never"`.
 
     Args:
         image: (band, row, col), at least one band (red, green, blue; others help), any unit that grows with radiance.
@@ -688,8 +733,8 @@ def measure_shift(image: Pixels, height_m: Float32, gsd_m: float, settings: Regi
     unreliable = _why_unreliable(match, reach_m, gsd_m, settings)
     if unreliable:
         decision = f"kept: {unreliable}"
-    elif length_m <= match.uncertainty_m:
-        decision = f"kept: {length_m:.2f} m is within its uncertainty of {match.uncertainty_m:.2f} m"
+    elif length_m <= CONFIDENCE * match.uncertainty_m:
+        decision = f"kept: {length_m:.2f} m is within {CONFIDENCE:g} times its uncertainty of {match.uncertainty_m:.2f} m"
     elif not gain >= settings.min_gain:
         decision = f"kept: score gains {gain:.4f}, below {settings.min_gain}"
     elif settings.apply == "never":
@@ -729,7 +774,7 @@ def robust_shift(shifts: Sequence[Shift], settings: RegistrationSettings) -> Shi
 
     The reliable chips vote, weighted by their score; the shift is their geometric median (Weiszfeld 1937), which half of
     the weight cannot drag away. It is applied when `settings.min_votes` chips and more than half of the weight lie within
-    `VOTE_REACH_M` of it, and it is longer than its standard error.
+    `VOTE_REACH_M` of it, and it is longer than `CONFIDENCE` times its standard error.
 
     Args:
         shifts: Of all chips, with whatever decision.
@@ -763,8 +808,8 @@ def robust_shift(shifts: Sequence[Shift], settings: RegistrationSettings) -> Shi
         decision = f"kept: {agree.sum()} chips agree, below {settings.min_votes}"
     elif weights[agree].sum() <= 0.5:
         decision = f"kept: the {len(votes)} reliable chips do not agree within {VOTE_REACH_M} m"
-    elif length_m <= error_m:
-        decision = f"kept: {length_m:.2f} m is within its standard error of {error_m:.2f} m"
+    elif length_m <= CONFIDENCE * error_m:
+        decision = f"kept: {length_m:.2f} m is within {CONFIDENCE:g} times its standard error of {error_m:.2f} m"
     elif after - before < settings.min_gain:
         decision = f"kept: score gains {after - before:.4f}, below {settings.min_gain}"
     elif settings.apply == "never":
