@@ -12,7 +12,11 @@ Shadows lie beside crowns and tree tops lean away from the camera, and both move
 there is enough canopy, the direction of the light, its height and the lean are therefore estimated together with the shift:
 the maps of the heights are drawn as a camera would see them and the score is climbed in those four numbers. That light is
 believed only when it explains the image much better than none (`LIGHT_GAIN`); real images rarely allow it, simulated ones
-do. The shift is that of the ground: a lean is not corrected, since no shift of a raster can.
+do. The shift is that of the ground: a lean is not corrected, since no shift of a raster can. Where no light was found it
+is the shift of the crowns as they are seen.
+
+A label is moved only when the shift is `CONFIDENCE` times longer than its uncertainty, which is put together from the
+disagreement of two halves and from what simulated pairs showed of the rest (`LEAN_ERROR`, `UNLIT_ERROR_M`, `PLACE_ERROR`).
 """
 
 from __future__ import annotations
@@ -70,6 +74,9 @@ LEAN_STEP: Final = 0.2
 LEAN_ERROR: Final = 0.15
 """Share of the fitted lean of the tree tops that counts as uncertainty of the ground's shift: a lean together with the
 opposite shift looks nearly the same, and simulated leans come out short by about this much."""
+UNLIT_ERROR_M: Final = 0.2
+"""Uncertainty along an axis where no light was found: shadows pull the label towards the sun by about this much. A lean that
+was not found is not in it; the label then goes to where the crowns are seen, not to where they stand."""
 PLACE_ERROR: Final = 0.12
 """Uncertainty along an axis where the halves agree and nothing leans, in pixels as they are compared."""
 CONFIDENCE: Final = 3.0
@@ -644,12 +651,13 @@ def _match(image: Pixels, height_m: Float32, gsd_m: float, reach_m: float) -> _M
     rival = (float(scores[far].max()) - floor) / max(top - floor, 1e-9) if far.any() else 1.0
     apart_m = _disagreement_m(fine, fx, cross, ~far)
     before, after = _on_common_pixels(fine, fx, (row, col))
-    lean_m = 0.0
+    unseen_m = UNLIT_ERROR_M
     if light is not None:
         # The heights at `level_m` were held in place while leaning; what has to move is the ground.
         lean_m = math.hypot(light[2], light[3]) * level_m
         row, col = row - light[2] * level_m / fine.gsd_m, col - light[3] * level_m / fine.gsd_m
-    uncertainty_m = math.hypot(PLACE_ERROR * fine.gsd_m, apart_m / 2, LEAN_ERROR * lean_m)
+        unseen_m = LEAN_ERROR * lean_m
+    uncertainty_m = math.hypot(PLACE_ERROR * fine.gsd_m, apart_m / 2, unseen_m)
     return _Match(
         x_m=col * fine.gsd_m, y_m=-row * fine.gsd_m, score_before=before, score_after=after, apart_m=apart_m, rival=rival,
         uncertainty_m=uncertainty_m, light=None if light is None else tuple(light.tolist()),
