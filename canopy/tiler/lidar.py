@@ -310,7 +310,7 @@ def lidar_layers(
     }
     returns, buildings = canvas.cropped(canvas.returns), canvas.cropped(canvas.buildings)
     says_buildings = set(scene.class_counts) - {0, 1, *NOISE_CLASSES, *GROUND_CLASSES}
-    share = np.divide(buildings, returns, out=np.full(grid.shape, np.nan), where=returns > 0).astype(np.float32)
+    share = np.divide(buildings, returns, out=np.full(grid.shape, np.nan, np.float32), where=returns > 0)
     return LidarLayers(
         grid=grid,
         height_m=heights_m,

@@ -1,12 +1,14 @@
 """Triangulated surfaces: Delaunay triangulations in tiles fixed by the origin of the CRS, read under points and at pixels.
 
-A tile is triangulated with all vertices up to a buffer around it and answers for its own square only. The same vertices
-give the same surface whoever asks for it, in whatever order they came, and no more than one tile is triangulated at a
-time. Across the seam of two tiles their surfaces agree where the triangles are small against the buffer.
+A tile is triangulated with all vertices up to a buffer around it and answers for its own square only; where vertices are
+dense those close to it suffice, which is proved tile by tile. The same vertices give the same surface whoever asks for it,
+in whatever order they came, and no more than one tile is triangulated at a time. Across the seam of two tiles their
+surfaces agree where the triangles are small against the buffer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -20,6 +22,8 @@ TILE_M = 128.0
 
 _KEEP_M = 8.0
 """Triangles that end farther than this outside their tile are dropped after the triangulation."""
+_SPARE_M = 4.0
+"""So much farther than twice the widest gap in it do the vertices reach that a tile is first triangulated with."""
 _SEED_M = 1.0
 """Cell of the table that tells a point in which triangle to start looking."""
 _INSIDE_M2 = -1e-9
@@ -82,13 +86,14 @@ def one_per_place(x: Floats, y: Floats, z: Floats, cell: float) -> tuple[Floats,
         first = np.ones(x.size, bool)
         first[1:] = (x[1:] != x[:-1]) | (y[1:] != y[:-1])
         return x[first], y[first], z[first]
-    col, row = np.floor(x / cell), np.floor(y / cell)
-    away = (x / cell - col - 0.5) ** 2 + (y / cell - row - 0.5) ** 2
-    order = np.lexsort((z, y, x, away, row, col))
-    col, row = col[order], row[order]
-    first = np.ones(x.size, bool)
-    first[1:] = (col[1:] != col[:-1]) | (row[1:] != row[:-1])
-    return x[order][first], y[order][first], z[order][first]
+    if not x.size:
+        return x, y, z
+    col, row = (np.floor(along / cell).astype(np.int64) for along in (x, y))
+    code = (col - col.min()) * (int(np.ptp(row)) + 1) + row - row.min()
+    del col, row
+    order = np.argsort(code)
+    best = _nearest_to_centre(x, y, z, cell, code, order)
+    return x[best], y[best], z[best]
 
 
 def delaunay(x: Floats, y: Floats) -> tuple[Indices, Indices]:
@@ -145,7 +150,14 @@ class Tin:
         left, bottom, right, _ = tile
         side = right - left
         x, y = x - left, y - bottom
-        triangles, neighbours = delaunay(x, y)
+        reach = _first_reach(x, y, side, unit_m)
+        square = inside(x, y, (-reach, -reach, side + reach, side + reach))
+        triangles, neighbours = delaunay(x[square], y[square])
+        if not square.all():
+            if _settled(x[square], y[square], triangles, neighbours, side, reach):
+                x, y, z = x[square], y[square], z[square]
+            else:
+                triangles, neighbours = delaunay(x, y)
         cells = max(1, round(side * unit_m / _SEED_M))
         seeds = np.zeros((cells, cells), np.int32)
         if triangles.size:
@@ -168,6 +180,21 @@ class Tin:
             place = (x - self.tile[0], y - self.tile[1])
             _read(*place, self.x, self.y, self.z, self.triangles, self.neighbours, self.seeds, self.seed_cell, out)
         return out
+
+
+def _first_reach(x: Floats, y: Floats, side: float, unit_m: float) -> float:
+    """How far around its tile vertices may be needed, by the widest gap between those in it; infinite without any."""
+    from scipy import ndimage
+
+    cells = math.ceil(side * unit_m / _SEED_M)
+    rows, cols = (np.floor(along * (cells / side)).astype(np.int64) for along in (y, x))
+    own = (rows >= 0) & (rows < cells) & (cols >= 0) & (cols < cells)
+    empty = np.ones((cells, cells), bool)
+    empty[rows[own], cols[own]] = False
+    if empty.all():
+        return math.inf
+    gap = float(ndimage.distance_transform_edt(empty).max()) * side / cells
+    return 2 * gap + _SPARE_M / unit_m
 
 
 @dataclass(slots=True, eq=False)
@@ -215,7 +242,29 @@ def inside(x: Floats, y: Floats, bounds: Bounds) -> NDArray[np.bool_]:
 
 
 @compiled
-def _walk(  # noqa: PLR0917 - compiled loops take plain arrays and numbers
+def _nearest_to_centre(  # noqa: PLR0917 - compiled loops take plain arrays and numbers
+    x: Floats, y: Floats, z: Floats, cell: float, code: NDArray[np.int64], order: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Of the places that share a code, in the order of the codes, the one nearest to its cell's centre; ties by x, y, z."""
+    best = np.empty(order.size, np.int64)
+    found = 0
+    nearest, last = np.inf, np.int64(-1)
+    for i in order:
+        u, v = x[i] / cell, y[i] / cell
+        u, v = u - np.floor(u) - 0.5, v - np.floor(v) - 0.5
+        away = u * u + v * v
+        if found and code[i] == last:
+            held = best[found - 1]
+            if (away, x[i], y[i], z[i]) < (nearest, x[held], y[held], z[held]):
+                best[found - 1], nearest = i, away
+        else:
+            best[found], nearest, last = i, away, code[i]
+            found += 1
+    return best[:found]
+
+
+@compiled
+def _walk(  # noqa: PLR0917 - as above
     px: float, py: float, start: int, x: Floats, y: Floats, triangles: Indices, neighbours: Indices
 ) -> tuple[int, int]:
     """(triangle that holds a place, or why there is none; last triangle seen).
@@ -241,6 +290,38 @@ def _walk(  # noqa: PLR0917 - compiled loops take plain arrays and numbers
             return ahead, t
         last, t = t, ahead
     return _CROPPED, t
+
+
+@compiled
+def _settled(  # noqa: PLR0917 - as above
+    x: Floats, y: Floats, triangles: Indices, neighbours: Indices, side: float, reach: float
+) -> bool:
+    """Whether no vertex farther than `reach` from the tile can change a triangle that touches it.
+
+    A triangle is Delaunay if no vertex lies in its circumcircle, so those whose circle stays within reach are final. Where
+    none of them has an edge on the hull they cover the whole tile.
+    """
+    touching = 0
+    for t in range(triangles.shape[0]):
+        a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
+        if max(x[a], x[b], x[c]) < 0.0 or min(x[a], x[b], x[c]) > side:
+            continue
+        if max(y[a], y[b], y[c]) < 0.0 or min(y[a], y[b], y[c]) > side:
+            continue
+        touching += 1
+        if neighbours[t, 0] < 0 or neighbours[t, 1] < 0 or neighbours[t, 2] < 0:
+            return False
+        u, v, s, w = x[b] - x[a], y[b] - y[a], x[c] - x[a], y[c] - y[a]
+        double = 2.0 * (u * w - v * s)
+        if double == 0.0:
+            return False
+        across = (w * (u * u + v * v) - v * (s * s + w * w)) / double
+        up = (u * (s * s + w * w) - s * (u * u + v * v)) / double
+        radius = math.hypot(across, up) * (1.0 + 1e-9)
+        across, up = across + x[a], up + y[a]
+        if min(across, up) - radius < -reach or max(across, up) + radius > side + reach:
+            return False
+    return touching > 0
 
 
 @compiled
