@@ -374,7 +374,7 @@ def test_a_full_disk_and_then_more_room(tmp_path, small_disk, run_canopy):
     source.mkdir()
     pair(source, "large", left=400_003.5, top=4_000_001.0, shape=(200, 210))
     path = recipe(source)
-    disk = small_disk(2 << 20)
+    disk = small_disk(1 << 19)
     told = run_canopy("tile", path, "--out", disk / "set", "--workers", "1")
     assert "disk" in told
     assert "goes on from there" in told
