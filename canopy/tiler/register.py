@@ -30,7 +30,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from scipy import fft, ndimage, optimize
+from scipy import fft, ndimage, optimize, special
 
 from canopy.raster import Pixels
 
@@ -79,6 +79,8 @@ UNLIT_ERROR_M: Final = 0.2
 was not found is not in it; the label then goes to where the crowns are seen, not to where they stand."""
 PLACE_ERROR: Final = 0.12
 """Uncertainty along an axis where the halves agree and nothing leans, in pixels as they are compared."""
+CHANCE_M2: Final = 6.0
+"""Area that counts as one independent observation when a score is held against chance, from pairs that do not belong."""
 CONFIDENCE: Final = 3.0
 """A shift is applied when it is longer than this many times its uncertainty: a label that is in place stays there."""
 CELL_M: Final = 4.0
@@ -131,6 +133,9 @@ class RegistrationSettings(BaseModel):
     """Largest distance between the shifts that two interleaved halves of a chip measure each on its own."""
     max_rival: float = Field(default=0.6, gt=0, le=1)
     """Highest score elsewhere (more than 2 m away), as a share of the best, both above the median score."""
+    max_chance: float = Field(default=0.01, gt=0, lt=1)
+    """Highest probability that an image and heights that have nothing to do with each other score as well somewhere within
+    the reach. A chip above it is not moved by its own shift, but votes on that of its acquisition."""
     min_votes: int = Field(default=3, ge=1)
     """Reliable chips that must agree on the shift of an acquisition."""
 
@@ -589,6 +594,8 @@ class _Match:
     """Between the shifts of two interleaved halves."""
     rival: float
     uncertainty_m: float
+    chance: float
+    """Probability of such a score, at any shift, without any dependence."""
     light: tuple[float, float, float, float] | None
     """Shadow and lean (row, col), m per m of height, when the image showed them."""
 
@@ -660,8 +667,20 @@ def _match(image: Pixels, height_m: Float32, gsd_m: float, reach_m: float) -> _M
     uncertainty_m = math.hypot(PLACE_ERROR * fine.gsd_m, apart_m / 2, unseen_m)
     return _Match(
         x_m=col * fine.gsd_m, y_m=-row * fine.gsd_m, score_before=before, score_after=after, apart_m=apart_m, rival=rival,
-        uncertainty_m=uncertainty_m, light=None if light is None else tuple(light.tolist()),
+        uncertainty_m=uncertainty_m, chance=_chance(fine, len(fx), after),
+        light=None if light is None else tuple(light.tolist()),
     )  # fmt: skip
+
+
+def _chance(pair: _Pair, maps: int, score: float) -> float:
+    """Probability that the best of all shifts scores `score` though the `maps` of the heights do not depend on the image.
+
+    Twice the information of n observations is then chi-squared, with as many degrees of freedom as there are covariances
+    (Wilks 1938); the shifts count as independent trials, which they are not quite.
+    """
+    observations = pair.independent * INDEPENDENT_M2 / CHANCE_M2
+    once = special.chdtrc(maps * len(pair.y), 2 * observations * max(score, 0.0))
+    return float(min(1.0, once * pair.overlap.size))
 
 
 def _disagreement_m(pair: _Pair, fx: Any, cross: Float64, near: Mask) -> float:
@@ -706,7 +725,7 @@ def measure_shift(image: Pixels, height_m: Float32, gsd_m: float, settings: Regi
 
     It is measured in any case. It is "kept" when the chip has too little canopy contrast, when the two halves of the chip
     disagree, when another shift fits nearly as well, when it lies at the limit, when it is not much longer than its own
-    uncertainty, or gains too little; and always with `settings.apply = "never"`.
+    uncertainty, when chance may have scored as well, or when it gains too little; always with `settings.apply = "never"`.
 
     Args:
         image: (band, row, col), at least one band (red, green, blue; others help), any unit that grows with radiance.
@@ -743,6 +762,8 @@ def measure_shift(image: Pixels, height_m: Float32, gsd_m: float, settings: Regi
         decision = f"kept: {unreliable}"
     elif length_m <= CONFIDENCE * match.uncertainty_m:
         decision = f"kept: {length_m:.2f} m is within {CONFIDENCE:g} times its uncertainty of {match.uncertainty_m:.2f} m"
+    elif not match.chance <= settings.max_chance:
+        decision = f"kept: chance may score as well with probability {match.chance:.2g}, above {settings.max_chance}"
     elif not gain >= settings.min_gain:
         decision = f"kept: score gains {gain:.4f}, below {settings.min_gain}"
     elif settings.apply == "never":

@@ -6,7 +6,7 @@ aligned pair is the truth. They are displaced by up to 5 px, and by up to 0.5 px
 Real pairs have an offset of their own that nobody knows, so two numbers are given: how well the difference of the shifts
 measured with and without the added shift recovers it, and how well the measured shift itself does, as if the pair were
 aligned. The first can be right for a wrong reason, the second wrong for a right one. Each chip is also registered against
-the heights of another chip, where every reliable measurement is a false one.
+the heights of another chip, where every one that is applied is a false one.
 """
 
 import math
@@ -121,7 +121,15 @@ def summary(name, rows):
 
 def reasons(shifts):
     """How often each test kept a label, by the first words of the reason."""
-    words = {"canopy": "contrast", "two": "halves", "another": "rival", "score": "gain", "(": "limit", "m2": "area"}
+    words = {
+        "canopy": "contrast",
+        "two": "halves",
+        "another": "rival",
+        "score": "gain",
+        "chance": "chance",
+        "(": "limit",
+        "m2": "area",
+    }
     kept = Counter()
     for found in shifts:
         if not found.applied:
@@ -184,8 +192,9 @@ def real_summary(name, rows):
         f"({sum(r[2].applied for r in rows)} applied; kept: {reasons([r[2] for r in rows])}); "
         f"added shift recovered to <= 1 px: {right[1][0]:.2f} of the reliable, "
         f"{np.mean([r[2].reliable and r[3] <= 1 for r in enough]):.2f} of those with contrast; "
-        f"as if aligned: {right[1][1]:.2f} to <= 1 px, {right[2][1]:.2f} to <= 2 px; false: "
-        f"{sum(f.reliable for f in wrong)} of {len(wrong)}; "
+        f"as if aligned: {right[1][1]:.2f} to <= 1 px, {right[2][1]:.2f} to <= 2 px; "
+        f"of {len(wrong)} pairs that do not belong {sum(f.reliable for f in wrong)} reliable, "
+        f"{sum(f.applied for f in wrong)} applied; "
         f"robust own shift x {together.x_m:.2f} y {together.y_m:.2f} m ({together.decision})",
         flush=True,
     )

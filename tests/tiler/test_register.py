@@ -123,6 +123,22 @@ def test_another_forest_is_not_registered():
     assert not found.reliable
 
 
+def test_chance_is_told_from_a_match():
+    """A quarter of the chip that belongs is beyond chance; the quarters of another forest and of noise are not."""
+    image, height = scene()
+    _, other = scene(seed=2)
+    noise = np.random.default_rng(7).integers(0, 256, image.shape, dtype=np.uint8)
+    quarter = slice(32, 96), slice(32, 96)
+
+    def chance(of, heights):
+        return register._match(pixels(of[:, *quarter]), heights[quarter], GSD_M, 5.0).chance
+
+    lying = label(height, 0.6, -0.6)
+    assert chance(image, lying) < 1e-6
+    assert chance(image, label(other, 0, 0)) > SETTINGS.max_chance
+    assert chance(noise, lying) > SETTINGS.max_chance
+
+
 def test_noise_is_not_registered():
     _, height = scene()
     noise = np.random.default_rng(3).integers(0, 256, (3, 128, 128), dtype=np.uint8)
@@ -266,9 +282,12 @@ def bench():
 @pytest.mark.slow
 @pytest.mark.parametrize("site", ["IDTReeS", "TEAK", "OSBS", "NZ"])
 def test_added_shifts_on_real_pairs_come_back(samples, site):
-    consistent, reliable = bench().real_summary(site, bench().real(samples, bench().SITES[site]))
+    rows = bench().real(samples, bench().SITES[site])
+    consistent, reliable = bench().real_summary(site, rows)
     assert reliable >= 4
     assert consistent >= 0.8
+    false = [r[5] for r in rows if r[5] is not None]
+    assert sum(f.applied for f in false) <= 0.02 * len(false), "pairs that do not belong were registered"
 
 
 @pytest.mark.slow
