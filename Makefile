@@ -14,9 +14,10 @@ endif
 
 # More words for pytest, for example `make test PYTEST_ARGS="tests/tiler -x"`.
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint bench clean
+.PHONY: help demo test test-slow lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,11 +25,14 @@ help: ## this list
 demo: $(VENV)/.installed ## the whole pipeline on a scene whose heights are known, into demo/
 	$(VENV)/bin/canopy demo
 
-test: $(VENV)/.installed-dev ## all tests but the benchmarks
-	$(RUN) pytest -m "not bench" $(PYTEST_ARGS)
+# Two processes, a file of tests in one of them; each with one thread, or they would fight for the cores.
+TEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(TEST_PROCESSES) --dist loadfile
 
-test-fast: $(VENV)/.installed-dev ## the tests that take under 20 s each
-	$(RUN) pytest -m "not bench and not slow" $(PYTEST_ARGS)
+test: $(VENV)/.installed-dev ## the tests but the slow ones and the benchmarks
+	$(TEST) -m "not bench and not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-dev ## the tests marked slow
+	$(TEST) -m "slow and not bench" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff (rules and format) and mypy
 	$(RUN) ruff check .

@@ -391,6 +391,7 @@ def test_neon_plots_on_the_same_ground_share_a_split(samples, tmp_path):
     assert not shapes["idt_OSBS_7"].intersects(shapes["OSBS_006"])  # negative control
 
 
+@pytest.mark.slow
 def test_neon_plots_are_parted_by_geometry_alone(samples, tmp_path):
     """Without the groups, the buffer gives up one of two overlapping plots whenever a seed parts them."""
     text = (RECIPES / "neon.toml").read_text()
