@@ -487,6 +487,7 @@ def test_days_of_the_flight(tmp_path, rng):
     assert lidar_layers(write(tmp_path / "a.laz", fields, gps=(standard, late)), GRID).days == (date(2021, 6, 30),) * 2
     dated = write(tmp_path / "b.laz", fields, gps=(standard, over))
     assert lidar_layers(dated, GRID).days == (date(2021, 6, 30), date(2021, 7, 1))
+    assert lidar_layers(dated, GRID, options=LidarOptions(keep_points=0)).days == (date(2021, 6, 30), date(2021, 7, 1))
     undated = write(tmp_path / "c.laz", fields, gps=(week, np.full(n, 300_000.0)))
     assert lidar_layers(undated, GRID).days is None
     assert lidar_layers([dated, undated], GRID).days is None, "half of it known is not known"

@@ -38,7 +38,7 @@ FINER = 10
 OPTIONS = LidarOptions(isolated_points=0)
 """PDAL leaves no point out, and so shall we."""
 CLOUDS = [
-    pytest.param("lidar/bc_lasr/*.laz", 3005, (885_030, 629_400, 885_200, 629_700), id="bc_lasr"),
+    pytest.param("lidar/bc_lasr/*.laz", 3005, (885_030, 629_400, 885_200, 629_700), id="bc_lasr", marks=pytest.mark.slow),
     pytest.param("lidar/lidr/Megaplot.laz", 26917, None, id="Megaplot"),
     pytest.param("lidar/lidr/MixedConifer.laz", 26912, None, id="MixedConifer"),
 ]
@@ -148,6 +148,7 @@ def test_over_the_same_ground(samples, pdal, tmp_path, pattern, epsg, bounds):
     assert (np.abs(1.1 * ours - reference)[known] <= 0.1).mean() < 0.99
 
 
+@pytest.mark.slow
 def test_over_triangulated_ground(samples, pdal, tmp_path):
     """PDAL triangulates the 30 ground returns nearest to each point, we all of a tile: the same but beside large gaps."""
     files, grid, _ = scene(samples, "lidar/bc_lasr/*.laz", 3005, (885_040, 629_450, 885_140, 629_550))

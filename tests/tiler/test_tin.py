@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.interpolate import LinearNDInterpolator
 
+from canopy.tiler import tin as tin_module
 from canopy.tiler.tin import TILE_M, TiledTin, Tin, delaunay, longest_edge, one_per_place, raise_to_triangles, tiles_over
 
 LEFT, BOTTOM = 493_952.0, 4_878_080.0  # a corner of a tile
@@ -32,10 +33,39 @@ def test_a_tile_is_linear_in_the_triangles_that_scipy_finds(rng):
     assert not np.allclose(Tin.of(x, y, z, tin.tile, 1.0).under(px, py), theirs, atol=1e-3)
 
 
+@pytest.mark.parametrize("moat", [False, True])
+def test_vertices_close_to_a_tile_suffice_where_they_are_dense(rng, monkeypatch, moat):
+    """A moat beside the tile is the case where they do not, though those in the tile are as dense."""
+    x, y, z = vertices(rng, 16_000, -50, 178)
+    if moat:
+        keep = (x < LEFT + TILE_M + 1) | (x > LEFT + TILE_M + 35)
+        x, y, z = x[keep], y[keep], z[keep]
+    tile = (LEFT, BOTTOM, LEFT + TILE_M, BOTTOM + TILE_M)
+    px, py = LEFT + rng.uniform(0, TILE_M, 5000), BOTTOM + rng.uniform(0, TILE_M, 5000)
+    px[:500] = LEFT + TILE_M - rng.uniform(0, 1, 500)
+    taken = []
+
+    def counted(x, y):
+        taken.append(x.size)
+        return delaunay(x, y)
+
+    monkeypatch.setattr(tin_module, "delaunay", counted)
+    ours = Tin.of(x, y, z, tile, 1.0).under(px, py)
+    assert taken[0] < 0.7 * x.size
+    assert taken[1:] == ([x.size] if moat else [])
+    with monkeypatch.context() as all_vertices:
+        all_vertices.setattr(tin_module, "_first_reach", lambda *_: np.inf)
+        whole = Tin.of(x, y, z, tile, 1.0).under(px, py)
+    np.testing.assert_allclose(ours, whole, atol=1e-9)
+    # The control: without the proof the moat's shore would be unknown or another surface.
+    monkeypatch.setattr(tin_module, "_settled", lambda *_: True)
+    assert np.allclose(Tin.of(x, y, z, tile, 1.0).under(px, py), whole, atol=1e-3) == (not moat)
+
+
 @pytest.mark.parametrize("shape", ["scan lines", "regular", "strip", "around a hole"])
 def test_awkward_layouts(rng, shape):
     """Many places on one line, circles through many places, slivers at the hull: the walk must still end right."""
-    step = 0.75 * np.arange(200)
+    step = 1.25 * np.arange(120)
     x, y = (v.ravel() for v in np.meshgrid(step, step[::4] if shape == "scan lines" else step))
     if shape == "strip":
         x, y = rng.uniform(40, 47, 3000).round(2), rng.uniform(-60, 190, 3000).round(2)
@@ -95,7 +125,12 @@ def test_one_vertex_per_place_whatever_the_order(rng, cell):
             lowest[place] = min(height, lowest.get(place, np.inf))
         assert {(a, b): c for a, b, c in zip(*once, strict=True)} == lowest
     else:
-        assert np.unique(np.floor(np.column_stack(once[:2]) / cell), axis=0).shape[0] == once[0].size
+        best = {}
+        for a, b, c in zip(x, y, z, strict=True):
+            u, v = np.floor(a / cell), np.floor(b / cell)
+            away = (a / cell - u - 0.5) ** 2 + (b / cell - v - 0.5) ** 2
+            best[u, v] = min((away, a, b, c), best.get((u, v), (np.inf,)))
+        assert list(zip(*once, strict=True)) == [best[place][1:] for place in sorted(best)]
 
 
 def test_pixels_are_raised_to_the_triangles_over_their_centres(rng):
