@@ -30,7 +30,7 @@ TO_DEGREES = Transformer.from_crs(LATTICE.crs, "EPSG:4326", always_xy=True)
 RECIPE = {
     "name": "set", "gsd_m": 0.6, "chip_px": 96, "stride_px": 96, "crs": "EPSG:32610", "min_valid_fraction": 0.5,
     "split": {"seed": 2, "block_m": 57.6, "buffer_m": 0.0, "train": 0.6, "val": 0.2, "test": 0.2},
-    "quality": {},
+    "registration": {"apply": "acquisition"}, "quality": {},
 }  # fmt: skip
 COMMON = {"kind": "lidar", "site": "WOOD", "licence": "CC0-1.0", "image_source": "simulated", "lidar_source": "simulated"}
 

@@ -509,7 +509,8 @@ def run_task(work: str, digest: str, stage: Stage, number: int) -> int:
         case "shifts":
             rows = [row for span in plan.chips[number] for row in _measure(plan, span, folder)]
         case "chips":
-            rows = [chip.model_dump(mode="json") for span in plan.chips[number] for chip in _cut(plan, span, folder)]
+            known = _measured_before(plan, folder, number)
+            rows = [chip.model_dump(mode="json") for span in plan.chips[number] for chip in _cut(plan, span, folder, known)]
     _write_json(_record(folder, stage, number), rows)
     return number
 
@@ -674,7 +675,14 @@ class Chip(_Value):
     """Fingerprint of the image, an .npy in base64, where duplicates are looked for."""
 
 
-def _cut(plan: Plan, span: Span, work: Path) -> Iterator[Chip]:
+def _measured_before(plan: Plan, work: Path, number: int) -> Iterator[Shift] | None:
+    """The shifts of a task's windows, in their order, where a stage of their own has measured them."""
+    if plan.recipe.registration is None or plan.recipe.registration.apply != "acquisition":
+        return None
+    return (Shift(**shift) for _, shift in _rows(work, "shifts", number))
+
+
+def _cut(plan: Plan, span: Span, work: Path, known: Iterator[Shift] | None) -> Iterator[Chip]:
     recipe, item = plan.recipe, plan.items[span.item]
     acquisition = None
     if recipe.registration is not None and recipe.registration.apply == "acquisition":
@@ -682,11 +690,13 @@ def _cut(plan: Plan, span: Span, work: Path) -> Iterator[Chip]:
         acquisition = Shift(**shifts[str(span.item)]) if str(span.item) in shifts else None
     with open_scene(item, span.item, recipe, work) as scene:
         for found in _windows(plan, span, scene):
-            measured = (
-                None
-                if recipe.registration is None
-                else measure_shift(found.image, found.height_m, recipe.gsd_m, recipe.registration)
-            )
+            measured = None
+            if recipe.registration is not None:
+                measured = (
+                    measure_shift(found.image, found.height_m, recipe.gsd_m, recipe.registration)
+                    if known is None
+                    else next(known)
+                )
             taken = measured if acquisition is None else acquisition
             may = recipe.registration is not None and recipe.registration.apply != "never"
             moved = may and taken is not None and taken.applied

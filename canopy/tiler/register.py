@@ -120,9 +120,9 @@ class RegistrationSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    apply: Literal["never", "chip", "acquisition"] = "chip"
+    apply: Literal["never", "chip", "acquisition"] = "acquisition"
     """"never": measure and report only; "chip": each chip by its own shift; "acquisition": all chips of one image and one
-    survey by one robust shift (`robust_shift`)."""
+    survey by one robust shift (`robust_shift`), the safer one on real imagery: see `notebooks/LOG.md`."""
     max_shift_m: float = Field(default=6.0, gt=0, le=100)
     """Longest plausible shift along an axis; at most a quarter of the chip's shorter side is searched."""
     min_contrast: float = Field(default=0.05, ge=0, le=1)
