@@ -131,7 +131,10 @@ def tile_build(
             recipe, out, area=_area(area, bbox, place), overwrite=overwrite, scheduler=scheduler, workers=workers,
             progress=progress,
         )  # fmt: skip
-    splits = read_index(folder)["split"].value_counts().to_dict()
+    index = read_index(folder)
+    splits = index["split"].value_counts().to_dict()
+    if refused_px := int(index["refused_px"].fillna(0).sum()):
+        _say(f"{refused_px} pixels of the height rasters hold no possible height and are unknown; see the column refused_px")
     if as_json:
         _print_json({"tile_set": str(folder), "chips": sum(splits.values()), "splits": splits})
         return

@@ -82,7 +82,7 @@ COLUMNS: Final = (
     "id", "geometry", "site", "block", "split", "image_date", "lidar_date", "gap_days", "gsd_m", "valid_fraction",
     "height_mean_m", "height_p95_m", "shift_x_m", "shift_y_m", "shift_score", "flags", "image_source", "lidar_source",
     "licence", "sha256", "item", "crs", "row_px", "col_px", "quality", "reasons", "shift_applied", "shift_decision",
-    "derived_from",
+    "derived_from", "refused_px",
 )  # fmt: skip
 """Columns of the index.
 
@@ -94,11 +94,13 @@ height. `shift_x_m`, `shift_y_m` and `shift_score` are what registration measure
 `quality` is keep, flag or drop, `flags` the names of the checks that found something and `reasons` their sentences. `sha256`
 is the digest of the bytes of the image file followed by those of the height file; `item` names the image; (`row_px`,
 `col_px`) is the window's first pixel on the lattice of `crs`. `derived_from` names, with ";" between them, what the chip
-was made from besides its own imagery and LiDAR, for the audit.
+was made from besides its own imagery and LiDAR, for the audit. `refused_px` counts the pixels of the window where a raster
+of heights holds what cannot be one (`canopy.tiler.heights`), which are unknown; it is empty for other labels.
 """
 
 _LATER: Final[Mapping[str, Any]] = {
     "quality": "keep", "reasons": "", "shift_applied": False, "shift_decision": "kept: not measured", "derived_from": "",
+    "refused_px": None,
 }  # fmt: skip
 """What the last columns say of a set that was built before they existed."""
 
@@ -671,6 +673,7 @@ class Chip(_Value):
     shift_applied: bool = False
     shift_decision: str = "kept: not measured"
     verdict: Verdict = Verdict()
+    refused_px: int | None = None
     codes: str | None = None
     """Fingerprint of the image, an .npy in base64, where duplicates are looked for."""
 
@@ -779,6 +782,7 @@ def _write(
         valid_fraction=known_m.size / height_m.size,
         height_mean_m=float(known_m.mean(dtype=np.float64)),
         height_p95_m=float(np.percentile(known_m, 95)),
+        refused_px=None if scene.refused_px is None else scene.refused_px(found.box),
         sha256=_write_files(folder, name, lattice=lattice, box=found.box, image=image, height_m=height_m),
         **facts,
     )
@@ -980,6 +984,7 @@ def _index(chips: Sequence[Chip], plan: Plan) -> gpd.GeoDataFrame:
             ";".join([*source.derived_from, *(Path(height).stem for height in item.heights if item.seed is not None)])
             for source, item in zip(sources, items, strict=True)
         ],
+        "refused_px": pd.array([chip.refused_px for chip in chips], dtype="Int32"),
     }
     assert tuple(columns) == COLUMNS, "the index and its documentation differ"
     return gpd.GeoDataFrame(columns, geometry="geometry", crs="EPSG:4326")

@@ -190,6 +190,8 @@ class Scene:
     """Any box -> (band, row, col) with its validity."""
     height_m: Callable[[Box], NDArray[np.float32]]
     """Any box -> (row, col) float32 metres, NaN unknown."""
+    refused_px: Callable[[Box], int] | None = None
+    """A box that was read -> how many of its pixels hold in the label's raster what cannot be a height; None: no raster."""
     days: Callable[[Box], Days] | None = None
     """Any box -> (row, col) days since 1970-01-01 of the imagery; None where the imagery knows no days."""
     beside: Callable[[Box], dict[str, NDArray[np.float32]]] | None = None
@@ -665,10 +667,12 @@ def open_scene(item: Item, number: int, recipe: TileSetRecipe, work: Path) -> It
             imagery: Imagery = found
         else:
             imagery = stack.enter_context(_image_files(item.images, item.stamps).open(lattice, recipe.bands))
+        height_m, refused_px = _heights_of(item, number, recipe, work, stack)
         yield Scene(
             image=imagery.read,
             days=imagery.days,
-            height_m=_heights_of(item, number, recipe, work, stack),
+            height_m=height_m,
+            refused_px=refused_px,
             unlabelled=tuple(lattice.covering(bounds) for bounds in source.unlabelled_m),
             beside=(lambda box: _beside(item, number, work, box)) if item.points else None,
             **facts,
@@ -698,7 +702,7 @@ def refuse_changed(stamps: Iterable[Stamp]) -> None:
 
 def _heights_of(
     item: Item, number: int, recipe: TileSetRecipe, work: Path, stack: ExitStack
-) -> Callable[[Box], NDArray[np.float32]]:
+) -> tuple[Callable[[Box], NDArray[np.float32]], Callable[[Box], int] | None]:
     if item.points:
         inside = None if item.part is None else item.part.mask_on(item.lattice(recipe))
 
@@ -706,7 +710,7 @@ def _heights_of(
             height_m = _from_tiles(item, number, work, box, LABEL_BANDS[:1])[0]
             return height_m if inside is None else np.where(inside(box), height_m, np.float32(np.nan))
 
-        return made
+        return made, None
     lattice = item.lattice(recipe)
     from canopy.tiler.heights import open_chm, open_dsm_minus_dtm
 
@@ -717,7 +721,14 @@ def _heights_of(
     else:
         units = {"dsm_unit_m": source.dsm_unit_m, "dtm_unit_m": source.dtm_unit_m}
         raster = stack.enter_context(open_dsm_minus_dtm(item.dsm, item.dtm, lattice, **units))
-    return lambda box: raster.read(box).height_m
+    refused_px: dict[Box, int] = {}
+
+    def read(box: Box) -> NDArray[np.float32]:
+        found = raster.read(box)
+        refused_px[box] = found.too_low + found.too_high
+        return found.height_m
+
+    return read, refused_px.__getitem__
 
 
 def _from_tiles(item: Item, number: int, work: Path, box: Box, names: Sequence[str]) -> NDArray[np.float32]:

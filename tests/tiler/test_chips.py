@@ -337,6 +337,21 @@ lidar_source = "drawn"
     assert (images[0] != images[1]).any()
 
 
+def test_what_cannot_be_a_height_is_unknown_and_counted(tmp_path):
+    pair(tmp_path, "a", left=400_000.0, top=4_000_000.0, shape=(64, 64))
+    path = tmp_path / "data" / "a_chm.tif"
+    pixels, grid = read_raster(path)
+    height_m = pixels.data.copy()
+    height_m[0, 10, 10:13] = [-9.0, 130.0, -1.0]  # too low, too high, noise of the ground
+    write_raster(path, height_m, grid=grid, nodata=np.nan)
+    tile_set = build_tile_set(recipe(tmp_path, chip_px=64, stride_px=64))
+    (row,) = read_index(tile_set).itertuples()
+    _, found_m = read_chip(tile_set, row.id)
+    assert row.refused_px == 2
+    assert np.isnan(found_m[10, 10:12]).all()
+    assert found_m[10, 12] == 0.0
+
+
 def test_heights_from_a_point_cloud(tmp_path):
     """The whole way on a forest whose heights are known: image and cloud in, chips with the right heights out."""
     grid = Lattice(crs=UTM, gsd_m=0.5).grid(Box(-8_000_064, 800_000, -8_000_000, 800_064))
@@ -536,7 +551,8 @@ def test_heights_are_moved_when_the_recipe_says_so(wood, fixed_shift, apply):
         assert (row.shift_x_m, row.shift_y_m, row.shift_score) == (0.5, 1.0, 0.2)
         assert row.shift_applied == (apply != "never")
         assert row.shift_decision.startswith("kept: registration only measures" if apply == "never" else "applied")
-    assert len(fixed_shift) >= len(index) * (2 if apply == "acquisition" else 1)
+    # Once a window, also where the acquisition's shift is found first; some windows give no chip after all.
+    assert len(index) <= len(fixed_shift) < 1.5 * len(index)
 
 
 @pytest.mark.parametrize("apply", ["chip", "acquisition"])

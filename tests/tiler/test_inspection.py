@@ -81,7 +81,7 @@ def make_set(folder, count=24, *, judged=True, text="Orthophotograph", **image):
             "image_source": text, "lidar_source": "Airborne LiDAR", "licence": "CC0", "sha256": "0" * 64, "item": f"item{i}",
             "crs": "EPSG:32610", "row_px": -top, "col_px": left, "quality": quality, "reasons": reasons,
             "shift_applied": bool(i % 4 == 1), "shift_decision": "applied" if i % 4 == 1 else "kept: no gain",
-            "derived_from": "",
+            "derived_from": "", "refused_px": None,
         })  # fmt: skip
     index = gpd.GeoDataFrame(rows, geometry="geometry", crs="EPSG:32610").to_crs(4326)
     index["gap_days"] = index["gap_days"].astype("Int32")
