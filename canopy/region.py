@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import shutil
 import time
@@ -39,7 +38,8 @@ from canopy.mosaicker.publish import (
     write_cog,
 )
 from canopy.tiler.area import Area, BoundsLonLat, area_mask, as_area
-from canopy.tiler.imagery import Band, ImageFiles, Imagery, ImageryInfo, ImagerySource, LocalPaths, ground_gsd_m
+from canopy.tiler.find import imagery_source
+from canopy.tiler.imagery import Band, Imagery, ImageryInfo, ImagerySource, LocalPaths, ground_gsd_m
 
 if TYPE_CHECKING:
     import geopandas
@@ -174,29 +174,6 @@ def map_region(
         except OSError as error:
             raise OutputError(f"cannot write {out} ({error.strerror}); free disk space or choose another folder") from error
     return MapResult(height=out / "height.tif", error=out / "error.tif", run=out / "run.json")
-
-
-# --- imagery -------------------------------------------------------------------------------------------------------------
-
-
-def imagery_source(imagery: LocalPaths | Manifest | ImagerySource) -> ImagerySource:
-    """Imagery from whatever a caller names it by: local files, a STAC manifest or its file, or a source as it is.
-
-    Raises:
-        RasterError: as `ImageFiles`.
-        SourceError: the manifest is damaged.
-    """
-    from canopy.tiler.manifest import Manifest
-
-    if isinstance(imagery, Sequence) and not isinstance(imagery, str) and len(imagery) == 1:
-        imagery = imagery[0]
-    if isinstance(imagery, str | os.PathLike) and Path(imagery).suffix == ".json":
-        imagery = Manifest.read(Path(imagery))
-    if isinstance(imagery, Manifest):
-        from canopy.tiler.stac import StacItems
-
-        return StacItems(imagery)
-    return ImageFiles(imagery) if isinstance(imagery, str | os.PathLike | Sequence) else imagery
 
 
 # --- planning ------------------------------------------------------------------------------------------------------------

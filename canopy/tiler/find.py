@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from canopy.errors import AreaError, OutputError, SourceError
 from canopy.settings import nearest
 from canopy.tiler.area import Area, BoundsLonLat, as_area
-from canopy.tiler.manifest import Prefer
+from canopy.tiler.imagery import ImageFiles, ImagerySource, LocalPaths
+from canopy.tiler.manifest import Manifest, Prefer
 from canopy.tiler.sources import find_source, known_sources
-
-if TYPE_CHECKING:
-    from canopy.tiler.stac import StacItems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,33 +79,40 @@ def find(
     )  # fmt: skip
 
 
-def imagery_source(paths: Sequence[Path], cache: Path | None = None) -> Sequence[Path] | StacItems:
-    """What was named as imagery: local files as they are, or what a manifest lists.
+def imagery_source(imagery: LocalPaths | Manifest | ImagerySource, cache: Path | None = None) -> ImagerySource:
+    """Imagery from whatever a caller names it by.
 
     Args:
-        paths: Files, folders, patterns; or one manifest (.json).
+        imagery: Local files, folders or patterns; a manifest, or the file (.json) it was written to; or a source as it is.
         cache: Folder to keep what is fetched for a manifest.
 
     Raises:
+        RasterError: as `ImageFiles`.
         SourceError: a manifest among other files, no manifest, or a source that has not been searched yet; a cache for
-            local files.
+            anything but a manifest.
     """
-    manifest = next((path for path in paths if path.suffix == ".json"), None)
-    if manifest is not None and len(paths) > 1:
-        raise SourceError(f"{manifest} is a manifest and goes alone, not with {len(paths) - 1} more; map them apart")
-    if manifest is not None:
-        from canopy.tiler.stac import Manifest, StacItems
+    if isinstance(imagery, str | os.PathLike):
+        imagery = [imagery]
+    if isinstance(imagery, Sequence):
+        paths = [Path(path) for path in imagery]
+        manifest = next((path for path in paths if path.suffix == ".json"), None)
+        if manifest is not None and len(paths) > 1:
+            raise SourceError(f"{manifest} is a manifest and goes alone, not with {len(paths) - 1} more; map them apart")
+        for path in paths:
+            if not path.exists() and str(path) in known_sources():
+                raise SourceError(
+                    f"{path} is a source in a catalogue, which is searched first: canopy search {path} AREA "
+                    f"--out {path}.json; then give {path}.json"
+                )
+        if manifest is not None:
+            imagery = Manifest.read(manifest)
+    if isinstance(imagery, Manifest):
+        from canopy.tiler.stac import StacItems
 
-        return StacItems(Manifest.read(manifest), cache)
-    for path in paths:
-        if not path.exists() and str(path) in known_sources():
-            raise SourceError(
-                f"{path} is a source in a catalogue, which is searched first: canopy search {path} AREA --out {path}.json; "
-                f"then give {path}.json"
-            )
+        return StacItems(imagery, cache)
     if cache is not None:
         raise SourceError(f"a cache ({cache}) is for what a manifest lists; local imagery needs none, leave it out")
-    return paths
+    return ImageFiles(imagery) if isinstance(imagery, Sequence) else imagery
 
 
 def _is_points(path: Path) -> bool:

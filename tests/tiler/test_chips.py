@@ -27,7 +27,7 @@ from canopy.tiler.chips import (
 )
 from canopy.tiler.recipe import load_recipe
 from canopy.tiler.register import Shift
-from tests.tile_sets import HEAD, PAIR, UTM, pair, recipe
+from tests.tile_sets import HEAD, LIDAR, PAIR, UTM, pair, recipe
 
 RECIPES = Path(__file__).parents[2] / "tiles"
 
@@ -358,17 +358,7 @@ def test_heights_from_a_point_cloud(tmp_path):
     forest = ForestConfig(pulses_per_m2=20, terrain_relief_m=0.0, terrain_slope=0.0, roads=0, paths=0, ponds=0)
     scene = simulate_scene(grid=grid, seed=1, forest=forest)
     write_scene(scene, tmp_path / "data")
-    source = """
-[[source]]
-kind = "lidar"
-site = "WOOD"
-image = "data/image.tif"
-points = ["data/*.laz"]
-licence = "CC0-1.0"
-image_source = "simulated"
-lidar_source = "simulated"
-"""
-    tile_set = build_tile_set(recipe(tmp_path, source + "options = { fill_holes_px = 20 }\n"))
+    tile_set = build_tile_set(recipe(tmp_path, LIDAR + "options = { fill_holes_px = 20 }\n"))
     (chip,) = read_index(tile_set)["id"]
     image, height_m = read_chip(tile_set, chip)
     np.testing.assert_array_equal(image.data, scene.image)
@@ -380,7 +370,7 @@ lidar_source = "simulated"
     turned = np.rot90(scene.height_m, 2)  # negative control: the wrong way up does not agree
     assert np.corrcoef(height_m[known], turned[known])[0, 1] < 0.5
     with pytest.raises(RecipeError, match="'halo_m'"):
-        build_tile_set(recipe(tmp_path, source + "options = { halo_m = 1 }\n"), tmp_path / "none")
+        build_tile_set(recipe(tmp_path, LIDAR + "options = { halo_m = 1 }\n"), tmp_path / "none")
 
 
 # --- the recipes of the project ------------------------------------------------------------------------------------------
