@@ -190,7 +190,7 @@ def audit(
         typer.Argument(metavar="[TEST]", help="GeoParquet file of the chips that test; none: the set's own splits."),
     ] = None,
     buffer: Annotated[
-        float | None, typer.Option(min=0, help="Metres that must lie between splits; default: the recipe's buffer, else 0.")
+        float | None, typer.Option(help="Metres that must lie between splits; default: the recipe's buffer, else 0.")
     ] = None,
     *,
     by_site: Annotated[

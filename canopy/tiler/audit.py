@@ -210,7 +210,7 @@ def audit(tile_set: Path, *, buffer_m: float | None = None, by_site: bool | None
         )
     recipe = table.parent / RECIPE
     split = load_recipe(recipe).split if table.name == INDEX and recipe.is_file() else None
-    settings = AuditSettings(
+    settings = _promised(
         buffer_m=buffer_m if buffer_m is not None else split.buffer_m if split else 0.0,
         by_site=by_site if by_site is not None else split is not None and split.method == "site-folds",
     )
@@ -221,6 +221,12 @@ def audit(tile_set: Path, *, buffer_m: float | None = None, by_site: bool | None
         raise AuditError(f"{table} holds only {', '.join(chips)}; an audit compares at least two of train, val and test")
     sides = [_side(name, frame[names == name], table) for name in compared]
     return _compare(sides, settings, audited=(str(tile_set),), chips=chips)
+
+
+def _promised(*, buffer_m: float, by_site: bool) -> AuditSettings:
+    if not (math.isfinite(buffer_m) and buffer_m >= 0):
+        raise AuditError(f"buffer {buffer_m:g} m must be a finite length of 0 or more; give metres, for example --buffer 50")
+    return AuditSettings(buffer_m=buffer_m, by_site=by_site)
 
 
 def audit_pair(train: Path, test: Path, *, buffer_m: float = 0.0, by_site: bool = False) -> AuditReport:
@@ -236,6 +242,7 @@ def audit_pair(train: Path, test: Path, *, buffer_m: float = 0.0, by_site: bool 
         AuditError: a table is missing, unreadable, empty, or without geometry or CRS.
         RasterError: an image that a table names cannot be read.
     """
+    settings = _promised(buffer_m=buffer_m, by_site=by_site)
     sides, chips = [], {}
     for name, path in (("train", train), ("test", test)):
         table = path / INDEX if path.is_dir() else path
@@ -247,7 +254,7 @@ def audit_pair(train: Path, test: Path, *, buffer_m: float = 0.0, by_site: bool 
                 raise AuditError(f"{table} holds no chip that is in a split; give the table of the chips that {name} uses")
         chips[name] = len(frame)
         sides.append(_side(name, frame, table))
-    return _compare(sides, AuditSettings(buffer_m=buffer_m, by_site=by_site), audited=(str(train), str(test)), chips=chips)
+    return _compare(sides, settings, audited=(str(train), str(test)), chips=chips)
 
 
 def write_report(report: AuditReport, path: Path) -> Path:

@@ -433,6 +433,14 @@ def test_the_command_ends_with_3_on_a_leak_and_0_without(tmp_path, canopy_audit)
     assert canopy_audit(*clean, "--buffer", 10_000)[0] == 3
 
 
+@pytest.mark.parametrize("buffer", ["-3", "inf", "nan"])
+def test_a_buffer_that_cannot_be_is_one_line(tmp_path, canopy_audit, buffer):
+    code, out, err = canopy_audit(*two(tmp_path, FAR, AWAY), f"--buffer={buffer}")
+    assert (code, out) == (1, "")
+    assert len(err.splitlines()) == 1
+    assert f"buffer {buffer} m must be a finite length of 0 or more; give metres" in err
+
+
 def test_the_command_writes_reports(tmp_path, canopy_audit):
     files = two(tmp_path, FAR, [*AWAY, FAR[2]])
     code, out, _ = canopy_audit(*files, "--json", "--out", tmp_path / "new" / "report.json")
