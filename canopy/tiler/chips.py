@@ -413,6 +413,7 @@ def _engine(scheduler: str | None, workers: int | None, plan: Plan) -> Iterator[
             return
     import dask
     from distributed import Client, LocalCluster
+    from distributed.comm.addressing import get_address_host_port
 
     # What dask logs of a lost worker or connection is told in one line by who waits for the task.
     for name in ("distributed", "distributed.nanny", "distributed.worker", "distributed.scheduler", "distributed.core"):
@@ -423,6 +424,9 @@ def _engine(scheduler: str | None, workers: int | None, plan: Plan) -> Iterator[
         if scheduler is None:
             address = stack.enter_context(_local_cluster(LocalCluster, count))
         try:
+            if scheduler is not None:
+                # Asked before there is a client: one that never connects writes a traceback when it is taken away.
+                socket.create_connection(get_address_host_port(scheduler), timeout=CONNECT_S).close()
             connect: Any = Client
             client = stack.enter_context(connect(address, timeout=CONNECT_S, set_as_default=False))
         except (OSError, ValueError) as error:

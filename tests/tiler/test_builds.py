@@ -150,6 +150,15 @@ def test_no_scheduler_and_no_worker(source, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("address", ["nowhere", "http://127.0.0.1:9", "tcp://127.0.0.1:9"])
+def test_no_scheduler_is_one_line_of_the_installed_program(source, tmp_path, address):
+    process = start(source[0], tmp_path / "set", "--scheduler", address)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.splitlines() == [f"canopy: no dask scheduler answers at {address}; give its address as tcp://host:8786"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_one_build_at_a_time(source, tmp_path):
     path, _ = source
     (tmp_path / ".set.build").mkdir()
