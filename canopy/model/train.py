@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,20 +30,16 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from canopy.errors import ContractError, OutputError, RecipeError
-from canopy.model.baselines import Baselines, fit_baselines
-from canopy.model.calibration import Coverage
-from canopy.model.card import model_card
-from canopy.model.data import ChipDataset, Sample, TrainingSet, training_batches
+from canopy.model.data import Sample, TrainingSet, training_batches
 from canopy.model.distribution import HeightDistribution
-from canopy.model.evaluate import ChipResult, SiteScore, calibrate, evaluate_chips, score_sites
 from canopy.model.losses import charbonnier, curriculum, histogram_cross_entropy, patch_gradient, silog
 from canopy.model.network import HeightNetwork
-from canopy.model.package import Contract, HeightModel, Training, load_model, normalise, save_model
+from canopy.model.package import Contract, load_model, normalise
 from canopy.model.recipe import Optim, TrainingRecipe, read_recipe
-from canopy.tiler.chips import read_index, tile_set_hash
+from canopy.model.release import finish, say
+from canopy.model.sets import DataSets
 from canopy.tiler.recipe import resolve
 
-FIXTURE_PX = 64
 LAST = "last.ckpt"
 
 
@@ -220,12 +215,6 @@ class PlainLines(Callback):
         say(f"step {step}/{steps} {terms} | {seconds:.2f} s/step, {seconds * (steps - step) / 60:.0f} min left")
 
 
-def say(line: str) -> None:
-    """One line to standard error, so that standard output stays for results."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
-
-
 def _rank() -> int:
     """Which of the processes that train together this is; 0 is the one that writes."""
     return int(getattr(rank_zero_only, "rank", 0))
@@ -268,7 +257,7 @@ def train(
     run = out.resolve().parent / "runs" / out.name if resume is None else resume
     checkpoint = _open_run(run, settings, resuming=resume is not None)
     sets = DataSets(settings, folder)
-    contract = _contract(settings, sets)
+    contract = sets.contract()
     learner = fit(settings, sets, contract, run=run, checkpoint=checkpoint, callbacks=callbacks)
     if _rank() != 0:
         return out
@@ -295,124 +284,6 @@ def _open_run(run: Path, recipe: TrainingRecipe, *, resuming: bool) -> Path | No
             f"{found[-1]} is of another recipe than the one given; resume with {run / 'recipe.toml'} as it was"
         )
     return found[-1]
-
-
-class DataSets:
-    """The recipe's tile sets, opened, and what is taken from each."""
-
-    def __init__(self, recipe: TrainingRecipe, folder: Path) -> None:
-        self.recipe, self.folder = recipe, folder
-        self.paths = [resolve(s.path, folder) for s in recipe.data.set]
-        self.indexes = [read_index(path) for path in self.paths]
-        known = {site for index in self.indexes for site in index["site"]}
-        if unknown := sorted(set(recipe.data.hold_out_sites) - known):
-            raise RecipeError(
-                f"site {unknown[0]!r} is to be held out but is in no tile set; the sites are {', '.join(sorted(known))}"
-            )
-        for path, index in zip(self.paths, self.indexes, strict=True):
-            for gsd_m in sorted(set(index["gsd_m"])):
-                low, high = recipe.model.gsd_range_m
-                if not low <= gsd_m <= high:
-                    raise RecipeError(
-                        f"{path} has a GSD of {gsd_m:g} m, outside gsd_range_m {low:g} to {high:g} of the model; "
-                        f"widen the range or leave the set out"
-                    )
-
-    def _excluded(self, which: int, *, held_out: bool) -> tuple[str, ...]:
-        """The sites of a set not to use; those held out among them when asked for."""
-        unwanted = {*self.recipe.data.set[which].exclude_sites, *(self.recipe.data.hold_out_sites if held_out else ())}
-        return tuple(sorted(unwanted & set(self.indexes[which]["site"])))
-
-    def _has(self, which: int, splits: Sequence[str], excluded: Sequence[str]) -> bool:
-        index = self.indexes[which]
-        return bool((index["split"].isin(list(splits)) & ~index["site"].isin(list(excluded))).any())
-
-    def training(self) -> list[TrainingSet]:
-        """What trains."""
-        sampling = self.recipe.sampling.model_dump()
-        return [
-            TrainingSet(
-                tile_set=self.paths[k],
-                share=s.share,
-                batch=s.batch,
-                crop_px=s.crop_px,
-                split=s.train,
-                exclude_sites=self._excluded(k, held_out=True),
-                **sampling,
-            )
-            for k, s in enumerate(self.recipe.data.set)
-            if self._has(k, s.train, self._excluded(k, held_out=True))
-        ]
-
-    def training_chips(self) -> list[ChipDataset]:
-        """The whole chips that train, nothing random."""
-        return [ChipDataset(s.tile_set, s.split, exclude_sites=s.exclude_sites) for s in self.training()]
-
-    def held_out(self) -> list[tuple[ChipDataset, bool, bool]]:
-        """(chips, whether they calibrate, whether they are scored), every held-out chip once."""
-        result = []
-        for k, s in enumerate(self.recipe.data.set):
-            excluded = self._excluded(k, held_out=True)
-            for split in sorted({*s.calibrate, *s.score}):
-                if self._has(k, (split,), excluded):
-                    chips = ChipDataset(self.paths[k], split, exclude_sites=excluded)
-                    result.append((chips, split in s.calibrate, split in s.score))
-            sites = sorted(
-                set(self.recipe.data.hold_out_sites) & set(self.indexes[k]["site"]) - set(self._excluded(k, held_out=False))
-            )
-            if sites:
-                # The whole site is held out, so its split, buffer included, does not matter.
-                splits = tuple(sorted(set(self.indexes[k]["split"])))
-                use = self.recipe.data.hold_out_use
-                chips = ChipDataset(self.paths[k], splits, sites=sites)
-                result.append((chips, "calibrate" in use and s.ships, "score" in use or not s.ships))
-        return result
-
-    def sources(self) -> list[dict[str, str]]:
-        """Site, sources and licence of what trains, without repetition, for the card."""
-        rows = []
-        for s in self.training():
-            index = self.indexes[self.paths.index(s.tile_set)]
-            used = index[index["split"].isin(list(s.split)) & ~index["site"].isin(list(s.exclude_sites))]
-            for values, chips in used.groupby(["site", "image_source", "lidar_source", "licence"]):
-                names = ("site", "image_source", "lidar_source", "licence")
-                rows.append(dict(zip(names, values, strict=True)) | {"chips": str(len(chips))})
-        return rows
-
-    def footprints_deg(self) -> dict[str, tuple[float, float, float, float]]:
-        """Bounding box of the training chips of each site, (west, south, east, north)."""
-        boxes: dict[str, tuple[float, float, float, float]] = {}
-        for s in self.training():
-            index = self.indexes[self.paths.index(s.tile_set)]
-            used = index[index["split"].isin(list(s.split)) & ~index["site"].isin(list(s.exclude_sites))]
-            for site, chips in used.groupby("site"):
-                west, south, east, north = (float(v) for v in chips.total_bounds)
-                w, b, e, t = boxes.get(site, (west, south, east, north))
-                boxes[site] = (min(w, west), min(b, south), max(e, east), max(t, north))
-        return boxes
-
-
-def _contract(recipe: TrainingRecipe, sets: DataSets) -> Contract:
-    model = recipe.model
-    footprints = sets.footprints_deg()
-    trained = {s.tile_set: s for s in sets.training()}
-    fields = model.model_dump(
-        include={
-            "name", "version", "description", "licence", "bands", "gsd_range_m", "value_range", "mean", "std", "window_px",
-            "stride_px", "weights_dtype",
-        }
-    )  # fmt: skip
-    return Contract(
-        **fields,
-        network=model.network,
-        dtype="uint8",
-        training=Training(
-            sites=tuple(sorted(footprints)),
-            tile_sets={path.name: tile_set_hash(path) for path in trained},
-            recipe_sha256=recipe.sha256(),
-            footprints_deg=tuple(footprints[site] for site in sorted(footprints)),
-        ),
-    )
 
 
 def _network(recipe: TrainingRecipe, folder: Path) -> HeightNetwork:
@@ -502,98 +373,3 @@ def fit(
         assert checkpoint is not None, "a run that is over has a checkpoint"
         learner.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
     return learner
-
-
-# --- after the last step -------------------------------------------------------------------------------------------------
-
-
-def finish(
-    recipe: TrainingRecipe,
-    sets: DataSets,
-    contract: Contract,
-    network: HeightNetwork,
-    *,
-    run: Path,
-    out: Path,
-    overwrite: bool = False,
-) -> Path:
-    """Score, calibrate and write the model folder."""
-    model = HeightModel(contract=contract, network=network.eval(), device=next(network.parameters()).device)
-    rng = np.random.default_rng([recipe.seed, 0])
-    chips = (chips[item] for chips in sets.training_chips() for item in range(len(chips)))
-    baselines = fit_baselines(
-        chips,
-        rng,
-        per_chip_px=recipe.evaluate.forest_px_per_chip,
-        trees=recipe.evaluate.forest_trees,
-        threads=torch.get_num_threads(),
-    )
-    say(f"baselines fitted on {baselines.n} training pixels, mean height {baselines.mean_m:.2f} m")
-    results = _evaluate(model, baselines, sets)
-    scores = score_sites(results, baselines, trained_sites=contract.training.sites, edges_m=recipe.evaluate.edges_m)
-    calibration = calibrate(results, recipe.calibrate)
-    for score in scores:
-        say(
-            f"{score.site}: MAE {score.model.mae_m:.2f} m, bias {score.model.bias_m:+.2f} m, R2 {score.model.r2:.2f} "
-            f"(training mean {score.training_mean.mae_m:.2f} m, random forest {score.forest.mae_m:.2f} m)"
-        )
-    contract = contract.model_copy(
-        update={"metrics": _metrics(scores, calibration.left_out, calibration.other), "calibration": calibration.table}
-    )
-    # Through the validator: `model_copy` trusts what it is given.
-    contract = Contract.model_validate(contract.model_dump())
-    card = model_card(recipe, contract, sources=sets.sources(), scores=scores, baselines=baselines, calibration=calibration)
-    save_model(out, network=network.cpu(), contract=contract, card=card, fixture_image=_fixture(recipe), overwrite=overwrite)
-    (out / "recipe.toml").write_text((run / "recipe.toml").read_text(encoding="utf-8"), encoding="utf-8")
-    say(f"wrote {out}")
-    return out
-
-
-def _evaluate(model: HeightModel, baselines: Baselines, sets: DataSets) -> list[ChipResult]:
-    held_out = sets.held_out()
-    total, done, last = sum(len(chips) for chips, _, _ in held_out), 0, time.monotonic()
-    results: list[ChipResult] = []
-    for chips, calibrates, scores in held_out:
-
-        def progress(count: int) -> None:
-            nonlocal done, last
-            done += count
-            if done == total or time.monotonic() - last > 10:
-                last = time.monotonic()
-                say(f"held-out chip {done}/{total}")
-
-        results += evaluate_chips(model, baselines, chips, calibrates=calibrates, scores=scores, progress=progress)
-    return results
-
-
-def _metrics(scores: Sequence[SiteScore], *covered: dict[str, Coverage]) -> dict[str, Any]:
-    """Scores as nested tables of finite numbers; a measure that does not exist (R2 of a flat site) is left out."""
-    table: dict[str, Any] = {"sites": {}, "coverage": {}}
-    for score in scores:
-        table["sites"][score.site] = {
-            who: {name: value for name, value in sums.summary().items() if math.isfinite(value)}
-            for who, sums in (
-                ("model", score.model), ("training_mean", score.training_mean), ("random_forest", score.forest),
-            )
-        }  # fmt: skip
-    for sites in covered:
-        for site, coverage in sites.items():
-            if coverage.total.n:
-                table["coverage"][site] = {
-                    "n": coverage.total.n,
-                    "share": coverage.total.coverage,
-                    "mean_width_m": coverage.total.mean_width_m,
-                }
-    return table
-
-
-def _fixture(recipe: TrainingRecipe) -> Tensor:
-    """Noise with the colours of the training imagery, smooth enough to look like something: nobody's photograph."""
-    from scipy.ndimage import gaussian_filter
-
-    rng = np.random.default_rng([recipe.seed, 1])
-    noise = gaussian_filter(rng.normal(size=(len(recipe.model.bands), FIXTURE_PX, FIXTURE_PX)), (0, 2, 2))
-    noise /= noise.std(axis=(1, 2), keepdims=True)
-    mean, std = (np.array(v)[:, None, None] for v in (recipe.model.mean, recipe.model.std))
-    low, high = recipe.model.value_range
-    return torch.from_numpy(np.clip(np.rint(mean + std * noise), low, high).astype(np.uint8))

@@ -1,0 +1,131 @@
+"""The tile sets of a recipe: what trains, what is held out, and what the model's contract says about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from canopy.errors import RecipeError
+from canopy.model.data import ChipDataset, TrainingSet
+from canopy.model.package import Contract, Training
+from canopy.model.recipe import TrainingRecipe
+from canopy.tiler.chips import read_index, tile_set_hash
+from canopy.tiler.recipe import resolve
+
+
+class DataSets:
+    """The recipe's tile sets, opened, and what is taken from each."""
+
+    def __init__(self, recipe: TrainingRecipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.paths = [resolve(s.path, folder) for s in recipe.data.set]
+        self.indexes = [read_index(path) for path in self.paths]
+        known = {site for index in self.indexes for site in index["site"]}
+        if unknown := sorted(set(recipe.data.hold_out_sites) - known):
+            raise RecipeError(
+                f"site {unknown[0]!r} is to be held out but is in no tile set; the sites are {', '.join(sorted(known))}"
+            )
+        for path, index in zip(self.paths, self.indexes, strict=True):
+            for gsd_m in sorted(set(index["gsd_m"])):
+                low, high = recipe.model.gsd_range_m
+                if not low <= gsd_m <= high:
+                    raise RecipeError(
+                        f"{path} has a GSD of {gsd_m:g} m, outside gsd_range_m {low:g} to {high:g} of the model; "
+                        f"widen the range or leave the set out"
+                    )
+
+    def _excluded(self, which: int, *, held_out: bool) -> tuple[str, ...]:
+        """The sites of a set not to use; those held out among them when asked for."""
+        unwanted = {*self.recipe.data.set[which].exclude_sites, *(self.recipe.data.hold_out_sites if held_out else ())}
+        return tuple(sorted(unwanted & set(self.indexes[which]["site"])))
+
+    def _has(self, which: int, splits: Sequence[str], excluded: Sequence[str]) -> bool:
+        index = self.indexes[which]
+        return bool((index["split"].isin(list(splits)) & ~index["site"].isin(list(excluded))).any())
+
+    def training(self) -> list[TrainingSet]:
+        """What trains."""
+        sampling = self.recipe.sampling.model_dump()
+        return [
+            TrainingSet(
+                tile_set=self.paths[k],
+                share=s.share,
+                batch=s.batch,
+                crop_px=s.crop_px,
+                split=s.train,
+                exclude_sites=self._excluded(k, held_out=True),
+                **sampling,
+            )
+            for k, s in enumerate(self.recipe.data.set)
+            if self._has(k, s.train, self._excluded(k, held_out=True))
+        ]
+
+    def training_chips(self) -> list[ChipDataset]:
+        """The whole chips that train, nothing random."""
+        return [ChipDataset(s.tile_set, s.split, exclude_sites=s.exclude_sites) for s in self.training()]
+
+    def held_out(self) -> list[tuple[ChipDataset, bool, bool]]:
+        """(chips, whether they calibrate, whether they are scored), every held-out chip once."""
+        result = []
+        for k, s in enumerate(self.recipe.data.set):
+            excluded = self._excluded(k, held_out=True)
+            for split in sorted({*s.calibrate, *s.score}):
+                if self._has(k, (split,), excluded):
+                    chips = ChipDataset(self.paths[k], split, exclude_sites=excluded)
+                    result.append((chips, split in s.calibrate, split in s.score))
+            sites = sorted(
+                set(self.recipe.data.hold_out_sites) & set(self.indexes[k]["site"]) - set(self._excluded(k, held_out=False))
+            )
+            if sites:
+                # The whole site is held out, so its split, buffer included, does not matter.
+                splits = tuple(sorted(set(self.indexes[k]["split"])))
+                use = self.recipe.data.hold_out_use
+                chips = ChipDataset(self.paths[k], splits, sites=sites)
+                result.append((chips, "calibrate" in use and s.ships, "score" in use or not s.ships))
+        return result
+
+    def sources(self) -> list[dict[str, str]]:
+        """Site, sources and licence of what trains, without repetition, for the card."""
+        rows = []
+        for s in self.training():
+            index = self.indexes[self.paths.index(s.tile_set)]
+            used = index[index["split"].isin(list(s.split)) & ~index["site"].isin(list(s.exclude_sites))]
+            for values, chips in used.groupby(["site", "image_source", "lidar_source", "licence"]):
+                names = ("site", "image_source", "lidar_source", "licence")
+                rows.append(dict(zip(names, values, strict=True)) | {"chips": str(len(chips))})
+        return rows
+
+    def footprints_deg(self) -> dict[str, tuple[float, float, float, float]]:
+        """Bounding box of the training chips of each site, (west, south, east, north)."""
+        boxes: dict[str, tuple[float, float, float, float]] = {}
+        for s in self.training():
+            index = self.indexes[self.paths.index(s.tile_set)]
+            used = index[index["split"].isin(list(s.split)) & ~index["site"].isin(list(s.exclude_sites))]
+            for site, chips in used.groupby("site"):
+                west, south, east, north = (float(v) for v in chips.total_bounds)
+                w, b, e, t = boxes.get(site, (west, south, east, north))
+                boxes[site] = (min(w, west), min(b, south), max(e, east), max(t, north))
+        return boxes
+
+    def contract(self) -> Contract:
+        """What the model will be and may be given, before it has scores and a calibration."""
+        model = self.recipe.model
+        footprints = self.footprints_deg()
+        trained = {s.tile_set: s for s in self.training()}
+        fields = model.model_dump(
+            include={
+                "name", "version", "description", "licence", "bands", "gsd_range_m", "value_range", "mean", "std",
+                "window_px", "stride_px", "weights_dtype",
+            }
+        )  # fmt: skip
+        return Contract(
+            **fields,
+            network=model.network,
+            dtype="uint8",
+            training=Training(
+                sites=tuple(sorted(footprints)),
+                tile_sets={path.name: tile_set_hash(path) for path in trained},
+                recipe_sha256=self.recipe.sha256(),
+                footprints_deg=tuple(footprints[site] for site in sorted(footprints)),
+            ),
+        )
