@@ -245,7 +245,7 @@ class TrainingSet(BaseModel):
     share: float = Field(default=1.0, gt=0)
     """Share of the batches, relative to the other sets'."""
     batch: int = Field(ge=1)
-    """Samples in a batch."""
+    """Samples in a batch, of all processes that train together."""
     crop_px: int = Field(ge=32, multiple_of=32)
     split: tuple[str, ...] = ("train",)
     sites: tuple[str, ...] | None = None
@@ -294,22 +294,34 @@ class TrainingBatches(Dataset[Sample]):
         steps: int,
         augmentation: Augmentation | None = None,
         rank: int = 0,
+        world: int = 1,
         cache: bool = True,
     ) -> None:
         """Open the sets.
 
         Args:
             sets: Tile sets with their shares.
-            seed: Decides, with the step and the rank, everything random.
+            seed: Decides, with the step and the place in the batch, everything random.
             steps: Length of the whole training, in batches.
             augmentation: What is varied; default all, at its default strength.
-            rank: Of this process among those that train together: all take the same set at a step, and different chips.
+            rank: Of this process among those that train together; it gets the `rank`-th part of every batch.
+            world: Number of processes that train together.
             cache: Keep decoded chips in memory.
+
+        Raises:
+            RecipeError: no set, or a batch that `world` processes cannot share evenly.
         """
+        assert 0 <= rank < world, f"rank {rank} of {world} processes"
         if not sets:
             raise RecipeError("no tile set to train on; name at least one")
+        for s in sets:
+            if s.batch % world:
+                raise RecipeError(
+                    f"a batch of {s.batch} samples of {s.tile_set} cannot be shared evenly by {world} processes; "
+                    f"make batch a multiple of {world}, such as {-(-s.batch // world) * world}"
+                )
         self.settings = tuple(sets)
-        self.seed, self.steps, self.rank = seed, steps, rank
+        self.seed, self.steps, self.rank, self.world = seed, steps, rank, world
         self.chips = tuple(
             ChipDataset(
                 s.tile_set,
@@ -334,13 +346,19 @@ class TrainingBatches(Dataset[Sample]):
         """The batch of training step `step`."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
-        which = int(np.random.default_rng([self.seed, step]).choice(len(self.settings), p=self._shares))
-        generator = np.random.default_rng([self.seed, step, 1 + self.rank])
+        generator = np.random.default_rng([self.seed, step])
+        which = int(generator.choice(len(self.settings), p=self._shares))
         chips, settings, weights = self.chips[which], self.settings[which], self._weights[which]
         # Within a batch no chip twice, as long as there are enough that can be drawn.
         again = settings.batch > np.count_nonzero(weights)
         items = generator.choice(len(chips), settings.batch, replace=bool(again), p=weights)
-        return stack([chips.sample(int(item), generator) for item in items]) | {"tile_set": chips.tile_set.name}
+        part = settings.batch // self.world
+        return stack(
+            [
+                chips.sample(int(items[place]), np.random.default_rng([self.seed, step, 1 + place]))
+                for place in range(self.rank * part, (self.rank + 1) * part)
+            ]
+        ) | {"tile_set": chips.tile_set.name}
 
 
 def stack(samples: Sequence[Sample]) -> Sample:
@@ -359,9 +377,13 @@ def training_batches(
     steps: int,
     augmentation: Augmentation | None = None,
     rank: int = 0,
+    world: int = 1,
     workers: int = 0,
 ) -> DataLoader[Sample]:
     """The batches of steps [start_step, steps), the same ones whatever `start_step` and `workers` are.
+
+    A batch is that of all processes together: each sample of it is drawn from (seed, step, place in the batch), and a
+    process gets its part. So the parts put together do not depend on how many processes there are.
 
     Args:
         sets: Tile sets with their shares.
@@ -370,9 +392,13 @@ def training_batches(
         steps: Length of the whole training.
         augmentation: What is varied; default all, at its default strength.
         rank: Of this process among those that train together.
+        world: Number of processes that train together.
         workers: Loader processes; 0 loads in this one.
+
+    Raises:
+        RecipeError: no set, no chip in one of them, or a batch that `world` processes cannot share evenly.
     """
-    dataset = TrainingBatches(sets, seed=seed, steps=steps, augmentation=augmentation, rank=rank)
+    dataset = TrainingBatches(sets, seed=seed, steps=steps, augmentation=augmentation, rank=rank, world=world)
     return DataLoader(
         dataset,
         batch_size=None,

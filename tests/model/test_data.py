@@ -1,6 +1,7 @@
 """Samples and batches: aligned under every augmentation, and a function of (seed, step) alone."""
 
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -243,9 +244,39 @@ def test_a_resumed_run_sees_the_same_batches(sets):
     assert len(whole) == 8
     assert all(same(a, b) for a, b in zip(whole[5:], run(5), strict=True))
     assert not same(whole[0], next(iter(training_batches(plan(sets), seed=5, start_step=0, steps=8))))
-    other = next(iter(training_batches(plan(sets), seed=4, start_step=0, steps=8, rank=1)))
-    assert other["tile_set"] == whole[0]["tile_set"]
-    assert not same(whole[0], other)
+
+
+def parts_together(sets, world, steps=10):
+    """Per step, the parts of all processes one after the other."""
+    parts = [list(training_batches(sets, seed=4, start_step=0, steps=steps, rank=r, world=world)) for r in range(world)]
+    return [
+        {
+            key: torch.cat([part[key] for part in step]) if torch.is_tensor(value) else list(chain(*(p[key] for p in step)))
+            for key, value in step[0].items()
+            if key != "tile_set"
+        }
+        for step in zip(*parts, strict=True)
+    ]
+
+
+def test_the_parts_of_all_processes_are_the_batch_of_one(sets):
+    shared = [plan(sets)[0].model_copy(update={"batch": 6}), plan(sets)[1].model_copy(update={"batch": 12})]
+    one = parts_together(shared, 1)
+    assert {len(batch["id"]) for batch in one} == {6, 12}
+    for world in (2, 3):
+        assert all(same(a, b) for a, b in zip(one, parts_together(shared, world), strict=True))
+    # Were every process to draw the whole batch for itself, as with the rank left out, half of it would come twice.
+    first = next(iter(training_batches(shared, seed=4, start_step=0, steps=1)))
+    half = len(first["id"]) // 2
+    assert not torch.equal(first["image"][:half], first["image"][half:])
+    mine = [next(iter(training_batches(shared, seed=4, start_step=0, steps=1, rank=r, world=2))) for r in range(2)]
+    assert mine[0]["tile_set"] == mine[1]["tile_set"]
+    assert not torch.equal(mine[0]["image"], mine[1]["image"])
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(sets):
+    with pytest.raises(RecipeError, match=r"a batch of 5 samples .* by 2 processes; make batch a multiple of 2, such as 6"):
+        training_batches(plan(sets), seed=1, start_step=0, steps=1, world=2)
 
 
 @pytest.mark.slow
