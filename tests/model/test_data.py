@@ -260,7 +260,7 @@ def parts_together(sets, world, steps=10):
 
 
 def test_the_parts_of_all_processes_are_the_batch_of_one(sets):
-    shared = [plan(sets)[0].model_copy(update={"batch": 6}), plan(sets)[1].model_copy(update={"batch": 12})]
+    shared = [plan(sets)[0].model_copy(update={"batch": 6, "share": 3}), plan(sets)[1].model_copy(update={"batch": 12})]
     one = parts_together(shared, 1)
     assert {len(batch["id"]) for batch in one} == {6, 12}
     for world in (2, 3):
