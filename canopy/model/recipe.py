@@ -68,7 +68,7 @@ class DataSet(_Table):
     share: PositiveFloat = 1.0
     """Share of the batches, relative to the other sets'."""
     batch: PositiveInt = 8
-    """Samples in a batch, per process."""
+    """Samples in a batch, of all processes together."""
     crop_px: int = Field(default=256, ge=32, multiple_of=32)
     train: tuple[str, ...] = ("train",)
     calibrate: tuple[str, ...] = ("val",)
@@ -111,13 +111,11 @@ class Sampling(_Table):
 
 
 class Optim(_Table):
-    """AdamW with linear warm-up and cosine decay; the last fields go to Lightning's Trainer as they are."""
+    """AdamW with linear warm-up and cosine decay, and the machine that it runs on."""
 
     steps: PositiveInt
     """Optimiser steps."""
     lr: PositiveFloat = 1e-3
-    backbone_lr_factor: NonNegativeFloat = 1.0
-    """The backbone's learning rate over `lr`; 0 freezes it."""
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: NonNegativeFloat = 0.01
     """Of matrices and kernels only; biases and norms are not decayed."""
@@ -136,11 +134,28 @@ class Optim(_Table):
     log_every: PositiveInt = 10
     threads: PositiveInt | None = None
     """CPU threads of torch; default torch's own choice."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """What the network computes in; weights, their average, the optimiser and the losses are float32 always.
+
+    Why no weights in bfloat16: it has 8 bits, so a step of less than 1/256 of a weight would be lost, and most are.
+    """
+    compile: bool = False
+    """Let torch compile the network: slow at the first step of each (batch, crop_px), faster ever after."""
     accelerator: str = "auto"
-    devices: int | Literal["auto"] = "auto"
-    nodes: PositiveInt = 1
-    strategy: str = "auto"
+    """As Lightning calls them: cpu, gpu, mps or auto."""
+    devices: PositiveInt | Literal["auto"] = "auto"
+    """Processes per node, one per device; auto: as many as torchrun or SLURM started, else one per GPU, or one on a CPU."""
+    nodes: PositiveInt | Literal["auto"] = "auto"
+    """Machines; auto: as many as torchrun or SLURM has, else this one."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes: ddp (which auto is) holds everything in each, fsdp a part of the weights and of what the
+    optimiser keeps, for networks that would not fit otherwise."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            raise ValueError("strategy fsdp does not go with precision 16-mixed; choose bf16-mixed or 32-true")
+        return self
 
 
 class Calibrate(_Table):
@@ -160,6 +175,9 @@ class Evaluate(_Table):
     forest_px_per_chip: PositiveInt = 500
     """Training pixels of one chip that the random-forest baseline sees."""
     forest_trees: PositiveInt = 60
+    folds: tuple[str, ...] = ()
+    """Sites whose scores and calibration come from the runs of this recipe with `--hold-out SITE`, finished before, so that
+    each site is judged by a model that has not seen it."""
 
 
 class TrainingRecipe(_Table):

@@ -92,8 +92,6 @@ class HeightLearner(lightning.LightningModule):
             self.average = AveragedModel(
                 network, multi_avg_fn=moving_average(recipe.optim.ema_decay), use_buffers=True
             ).requires_grad_(False)
-        if recipe.optim.backbone_lr_factor == 0:
-            network.backbone.requires_grad_(False)
         self.centres_m: Tensor
         self.register_buffer("centres_m", network.config.bins.centres_m(), persistent=False)
 
@@ -166,19 +164,11 @@ class HeightLearner(lightning.LightningModule):
         """AdamW without decay of biases and norms, and the schedule by steps."""
         settings = self.recipe.optim
         groups = []
-        for part, factor in (("backbone", settings.backbone_lr_factor), ("rest", 1.0)):
-            for decays in (True, False):
-                parameters = [
-                    parameter
-                    for name, parameter in self.network.named_parameters()
-                    if parameter.requires_grad
-                    and name.startswith("backbone.") == (part == "backbone")
-                    and (parameter.ndim >= 2) == decays
-                ]
-                if parameters:
-                    decay = settings.weight_decay if decays else 0.0
-                    groups.append({"params": parameters, "lr": settings.lr * factor, "weight_decay": decay})
-        optimiser = torch.optim.AdamW(groups, betas=settings.betas)
+        for decays in (True, False):
+            parameters = [p for p in self.network.parameters() if p.requires_grad and (p.ndim >= 2) == decays]
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": settings.weight_decay if decays else 0.0})
+        optimiser = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
         schedule = LambdaLR(optimiser, lambda step: learning_rate_factor(step, settings))
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -333,7 +323,7 @@ def fit(
     trainer = lightning.Trainer(
         accelerator=optim.accelerator,
         devices=optim.devices,
-        num_nodes=optim.nodes,
+        num_nodes=1 if optim.nodes == "auto" else optim.nodes,
         strategy=optim.strategy,
         precision=optim.precision,
         max_steps=optim.steps,
