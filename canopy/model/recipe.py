@@ -197,6 +197,10 @@ class TrainingRecipe(_Table):
     def _trains(self) -> Self:
         if not any(s.train for s in self.data.set):
             raise ValueError("no set has a split to train on; give at least one `train`")
+        if both := set(self.evaluate.folds) & set(self.data.hold_out_sites):
+            raise ValueError(
+                f"evaluate.folds has {min(both)}, which data.hold_out_sites keeps from this model already; take it out of one"
+            )
         return self
 
     def sha256(self) -> str:
@@ -214,13 +218,19 @@ def read_recipe(path: Path, *, hold_out: Sequence[str] = ()) -> TrainingRecipe:
     Raises:
         RecipeError: missing or no TOML, an unknown key, or a value out of its range; the message names the key.
     """
-    recipe = read_settings(path, TrainingRecipe, what="a training recipe")
-    if further := [site for site in hold_out if site not in recipe.data.hold_out_sites]:
-        name = "-without-".join([recipe.model.name, *further])
-        return recipe.model_copy(
-            update={
-                "model": recipe.model.model_copy(update={"name": name}),
-                "data": recipe.data.model_copy(update={"hold_out_sites": (*recipe.data.hold_out_sites, *further)}),
-            }
-        )
-    return recipe
+    return without(read_settings(path, TrainingRecipe, what="a training recipe"), hold_out)
+
+
+def without(recipe: TrainingRecipe, sites: Sequence[str]) -> TrainingRecipe:
+    """The recipe with further sites held out; its name says so, and it has no folds of its own."""
+    further = [site for site in sites if site not in recipe.data.hold_out_sites]
+    if not further:
+        return recipe
+    name = "-without-".join([recipe.model.name, *further])
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"name": name}),
+            "data": recipe.data.model_copy(update={"hold_out_sites": (*recipe.data.hold_out_sites, *further)}),
+            "evaluate": recipe.evaluate.model_copy(update={"folds": ()}),
+        }
+    )
