@@ -199,7 +199,7 @@ class TrainingRecipe(_Table):
             raise ValueError("no set has a split to train on; give at least one `train`")
         if both := set(self.evaluate.folds) & set(self.data.hold_out_sites):
             raise ValueError(
-                f"evaluate.folds has {min(both)}, which data.hold_out_sites keeps from this model already; take it out of one"
+                f"evaluate.folds has {min(both)}, which data.hold_out_sites keeps from the model already; take it out of one"
             )
         return self
 
