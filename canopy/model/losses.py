@@ -5,6 +5,11 @@ scalar; where no pixel is valid it is 0 with a gradient of 0, and what an invali
 neither the value nor the gradient. Logarithms are taken of heights clamped from below, as each function says, because
 0 m is a height.
 
+Where several processes train together, "the valid pixels" are those of all of them: sums and counts are added up before
+they are divided, so the loss of N processes is that of one process with the whole batch, and the average of their
+gradients, which is what DDP and FSDP take, is its gradient. Without it a process whose part of the batch holds few valid
+pixels would weigh as much as one with many. Every process must call the same terms with crops of the same size.
+
 The recipe follows Brandt et al. 2026 (arXiv 2603.06382): SiLog gives way to Charbonnier, the patch-gradient term joins
 late. The histogram term is this project's addition: it fits the whole distribution over the bins, which the other terms
 leave free as long as its mean is right, so that the spread can be calibrated.
@@ -13,9 +18,11 @@ leave free as long as its mean is right, so that the spread can be calibrated.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from itertools import pairwise
+from typing import Annotated, Any
 
 import torch
+import torch.distributed
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, pad, unfold
@@ -36,6 +43,8 @@ class PatchGradientConfig(BaseModel):
     """Of the soft maximum and minimum, in units of the gradient magnitude; towards 0 they become the hard ones."""
     floor_m: PositiveFloat = 0.5
     """Heights below it count as it. Why not a tiny number: grass at 0.01 and 0.1 m would be as steep as a tree's edge."""
+    diagonal: bool = False
+    """Gradients along the diagonals too: the paper's text has them, its pseudo-code does not."""
     epsilon: PositiveFloat = 0.1
     """Gradient magnitude that counts as flat: below it the direction of a gradient is noise."""
     magnitude: NonNegativeFloat = 0.3
@@ -66,6 +75,9 @@ class LossConfig(BaseModel):
     """From no weight to full weight; from the start it makes grid artefacts (paper, Table 6)."""
     silog_mean: Fraction = 0.15
     """Weight of the squared mean log-ratio; 0 would leave the scale of the heights free."""
+    silog_variance_from: Fraction = 0.0
+    """Fraction of the steps before which SiLog is its mean part alone, so that the scale is right before the shape; the
+    published code takes 100 steps of its 100,000."""
     charbonnier_epsilon_m: PositiveFloat = 0.1
     """Errors below it count quadratically."""
     patch: PatchGradientConfig = PatchGradientConfig()
@@ -78,6 +90,15 @@ class LossConfig(BaseModel):
                 raise ValueError(f"{name} ({start}, {stop}) runs backwards; the first fraction must not exceed the second")
         if not any((self.histogram, self.silog, self.charbonnier, self.patch_gradient)):
             raise ValueError("all loss weights are 0; give at least one of histogram, silog, charbonnier, patch_gradient")
+        # Between these fractions every weight is linear, so it is 0 at a place between only if it is 0 halfway.
+        corners = sorted({0.0, 1.0, *self.silog_to_charbonnier, *self.patch_gradient_ramp})
+        for corner in corners + [(a + b) / 2 for a, b in pairwise(corners)]:
+            w = curriculum(round(corner * 1_000_000), 1_000_000, self)
+            if not any((w.histogram, w.silog, w.charbonnier, w.patch_gradient)):
+                raise ValueError(
+                    f"no term has any weight at {100 * corner:g} % of the steps, so nothing would be learned there; "
+                    f"give histogram a weight, or change silog_to_charbonnier or patch_gradient_ramp"
+                )
         return self
 
 
@@ -87,6 +108,8 @@ class LossWeights:
 
     histogram: float
     silog: float
+    silog_variance: bool
+    """Whether SiLog holds more than its mean part."""
     charbonnier: float
     patch_gradient: float
 
@@ -105,17 +128,47 @@ def curriculum(step: int, steps: int, config: LossConfig) -> LossWeights:
     return LossWeights(
         histogram=config.histogram,
         silog=config.silog * (1.0 - late),
+        silog_variance=step >= config.silog_variance_from * steps,
         charbonnier=config.charbonnier * late,
         patch_gradient=config.patch_gradient * ramp(step, steps, *config.patch_gradient_ramp),
     )
 
 
+class _OverProcesses(torch.autograd.Function):
+    """Sum over all processes.
+
+    Each process computes the same loss from the same sums, so the derivative by its own summand is the derivative by the
+    sum. DDP and FSDP then average the gradients over the processes, where the whole needs their sum: hence the factor.
+    """
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_ctx: Any, *gradient: Tensor) -> Tensor:
+        return gradient[0] * torch.distributed.get_world_size()
+
+
+def over_processes(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes that train together; differentiable as the module's text says."""
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    if alone or torch.distributed.get_world_size() == 1:
+        return x
+    summed: Tensor = _OverProcesses.apply(x)  # type: ignore[no-untyped-call]
+    return summed
+
+
 def masked_mean(value: Tensor, valid: Tensor) -> Tensor:
-    """Mean of `value` over the valid pixels, 0 when there are none.
+    """Mean of `value` over the valid pixels of all processes, 0 when there are none.
 
     Why `where` and not a product: NaN times 0 is NaN, and an invalid pixel may hold NaN.
     """
-    return torch.where(valid, value, 0.0).sum() / valid.sum().clamp(min=1)
+    total = torch.where(valid, value, 0.0).sum()
+    total, count = over_processes(torch.stack((total, valid.sum().to(total.dtype))))
+    return total / count.clamp(min=1)
 
 
 def _at_valid(height_brc: Tensor, valid_brc: Tensor) -> Tensor:
@@ -124,16 +177,25 @@ def _at_valid(height_brc: Tensor, valid_brc: Tensor) -> Tensor:
 
 
 def silog(
-    predicted_brc: Tensor, true_brc: Tensor, valid_brc: Tensor, *, mean_weight: float = 0.15, offset_m: float = 1e-3
+    predicted_brc: Tensor,
+    true_brc: Tensor,
+    valid_brc: Tensor,
+    *,
+    mean_weight: float = 0.15,
+    offset_m: float = 1e-3,
+    variance: bool = True,
 ) -> Tensor:
     """Scale-invariant log error: sqrt(var(g) + mean_weight * mean(g)^2) with g = log(p + offset) - log(t + offset).
 
-    Heights below 0 m count as 0 m. The variance is the population's (Eigen et al. 2014, equation 4).
+    Heights below 0 m count as 0 m. The variance is the population's (Eigen et al. 2014, equation 4); without `variance`
+    it is left out.
     """
     p, t = _at_valid(predicted_brc, valid_brc), _at_valid(true_brc, valid_brc)
     g = torch.log(p.clamp(min=0) + offset_m) - torch.log(t.clamp(min=0) + offset_m)
     mean = masked_mean(g, valid_brc)
-    square = masked_mean((g - mean) ** 2, valid_brc) + mean_weight * mean**2
+    square = mean_weight * mean**2
+    if variance:
+        square = square + masked_mean((g - mean) ** 2, valid_brc)
     # A root has no finite slope at 0, which is where a perfect or an empty batch stands.
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
@@ -191,11 +253,15 @@ def _centred_log(height_brc: Tensor, valid_brc: Tensor, floor_m: float) -> Tenso
     return torch.where(valid_brc, x - x.sum(dim=(1, 2), keepdim=True) / count, 0.0)
 
 
-def _sobel(x_brc: Tensor) -> Tensor:
-    """(batch, 2, row, col) gradients along columns and rows with the 3x3 Sobel kernels."""
-    column = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=x_brc.device, dtype=x_brc.dtype)
-    kernels = torch.stack((column, column.T))[:, None]
-    return conv2d(x_brc[:, None], kernels, padding=1)
+_SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
+_DIAGONAL = ((0.0, 1.0, 2.0), (-1.0, 0.0, 1.0), (-2.0, -1.0, 0.0))
+
+
+def _sobel(x_brc: Tensor, *, diagonal: bool) -> Tensor:
+    """(batch, 2, row, col) gradients along columns and rows with the 3x3 Sobel kernels; 4 with those along the diagonals."""
+    kernels = [torch.tensor(k, device=x_brc.device, dtype=x_brc.dtype) for k in (_SOBEL, _DIAGONAL)[: 2 if diagonal else 1]]
+    turned = [k for kernel in kernels for k in (kernel, kernel.rot90(-1))]
+    return conv2d(x_brc[:, None], torch.stack(turned)[:, None], padding=1)
 
 
 def _soft_range(m_brc: Tensor, side: int, temperature: float) -> Tensor:
@@ -224,8 +290,8 @@ def patch_gradient(
             continue  # not one whole cell fits, so no pixel is valid at this scale
         p_s, valid = _coarse(p, valid_brc, cell)
         t_s, _ = _coarse(t, valid_brc, cell)
-        g_p = _sobel(_centred_log(p_s, valid, config.floor_m))
-        g_t = _sobel(_centred_log(t_s, valid, config.floor_m))
+        g_p = _sobel(_centred_log(p_s, valid, config.floor_m), diagonal=config.diagonal)
+        g_t = _sobel(_centred_log(t_s, valid, config.floor_m), diagonal=config.diagonal)
         # The small constant gives the root a slope where the canopy is flat.
         m_p = (g_p.square().sum(dim=1) + 1e-8).sqrt()
         m_t = (g_t.square().sum(dim=1) + 1e-8).sqrt()

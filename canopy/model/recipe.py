@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -28,6 +28,7 @@ from canopy.model.calibration import LEAST_PX, SPREAD_FLOOR_M
 from canopy.model.data import Augmentation
 from canopy.model.losses import LossConfig
 from canopy.model.network import NetworkConfig
+from canopy.model.tuning import Tuning
 from canopy.settings import read_settings
 
 
@@ -189,6 +190,7 @@ class TrainingRecipe(_Table):
     augmentation: Augmentation = Augmentation()
     sampling: Sampling = Sampling()
     loss: LossConfig = LossConfig()
+    tuning: Tuning = Tuning()
     optim: Optim
     calibrate: Calibrate = Calibrate()
     evaluate: Evaluate = Evaluate()
@@ -205,7 +207,25 @@ class TrainingRecipe(_Table):
 
     def sha256(self) -> str:
         """Digest of the recipe with all defaults filled in."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return _digest(self.model_dump(mode="json"))
+
+    def run_sha256(self) -> str:
+        """Digest of all that decides where a run goes: a run is resumed under the same one.
+
+        Machine and speed are not in it, so a run that ran out of memory, or of its machine, goes on elsewhere, and neither
+        is what happens after the last step.
+        """
+        table = self.model_dump(mode="json", exclude={"calibrate", "evaluate"})
+        for name in (
+            "compile", "accelerator", "devices", "nodes", "strategy", "threads", "checkpoint_every", "log_every",
+        ):  # fmt: skip
+            del table["optim"][name]
+        del table["tuning"]["checkpointing"], table["data"]["workers"]
+        return _digest(table)
+
+
+def _digest(table: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
 def read_recipe(path: Path, *, hold_out: Sequence[str] = ()) -> TrainingRecipe:
@@ -222,7 +242,7 @@ def read_recipe(path: Path, *, hold_out: Sequence[str] = ()) -> TrainingRecipe:
 
 
 def without(recipe: TrainingRecipe, sites: Sequence[str]) -> TrainingRecipe:
-    """The recipe with further sites held out; its name says so, and it has no folds of its own."""
+    """The recipe with further sites held out and scored; its name says so, and it has no folds of its own."""
     further = [site for site in sites if site not in recipe.data.hold_out_sites]
     if not further:
         return recipe
@@ -230,7 +250,12 @@ def without(recipe: TrainingRecipe, sites: Sequence[str]) -> TrainingRecipe:
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"name": name}),
-            "data": recipe.data.model_copy(update={"hold_out_sites": (*recipe.data.hold_out_sites, *further)}),
+            "data": recipe.data.model_copy(
+                update={
+                    "hold_out_sites": (*recipe.data.hold_out_sites, *further),
+                    "hold_out_use": tuple(dict.fromkeys((*recipe.data.hold_out_use, "score"))),
+                }
+            ),
             "evaluate": recipe.evaluate.model_copy(update={"folds": ()}),
         }
     )
