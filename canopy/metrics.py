@@ -342,6 +342,103 @@ class CoverCounts:
         return _ratio(self.n_both, self.n_both + self.n_prediction_only + self.n_reference_only)
 
 
+# --- edges ---------------------------------------------------------------------------------------------------------------
+
+
+def slope(height_m: ArrayLike, gsd_m: float) -> NDArray[np.float64]:
+    """(row, col) magnitude of the Sobel gradient, metres of height per metre of ground; NaN at the rim and beside unknowns.
+
+    The two 3 x 3 Sobel kernels are divided by 8, the sum of their positive weights times the two pixels between them, so a
+    plane that rises by one metre per pixel has a gradient of 1 m per pixel; division by the GSD makes that metres per metre.
+    """
+    h = np.asarray(height_m, dtype=np.float64)
+    assert h.ndim == 2, f"gradients need (row, col) arrays, not {h.ndim} dimensions"
+    assert gsd_m > 0, f"GSD {gsd_m} m is not positive"
+    magnitude = np.full(h.shape, np.nan)
+    if min(h.shape) < 3:
+        return magnitude
+    down = h[2:] - h[:-2]
+    right = h[:, 2:] - h[:, :-2]
+    along_rows = down[:, :-2] + 2 * down[:, 1:-1] + down[:, 2:]
+    along_cols = right[:-2] + 2 * right[1:-1] + right[2:]
+    # The kernels do not read the centre, but a gradient at a pixel without a height would be one of nothing.
+    magnitude[1:-1, 1:-1] = np.hypot(along_rows, along_cols) / (8 * gsd_m) + 0 * h[1:-1, 1:-1]
+    return magnitude
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeSums:
+    """How far the steepness of a predicted surface is from the reference's; `EdgeSums()` is the empty set.
+
+    The edge error of Brandt et al. (2026) is "the difference of the Sobel gradients" of the two; its unit is not published.
+    Here it is the mean over pixels of the absolute difference of the two gradient magnitudes of `slope`, in metres of height
+    per metre of ground. A pixel counts where all nine of its neighbourhood do, so the rim of what is known never does.
+    A flat map scores the mean steepness of the reference, which is therefore kept beside it.
+    """
+
+    n: int = 0
+    """Pixels whose whole neighbourhood has a reference and a prediction."""
+    n_missing: int = 0
+    """Pixels whose whole neighbourhood has a reference, but not a prediction."""
+    difference_sum: float = 0.0
+    """Sum of |slope of the prediction| - |slope of the reference|: negative where the map is too smooth."""
+    absolute_sum: float = 0.0
+    """Sum of the absolute value of that difference."""
+    reference_sum: float = 0.0
+    """Sum of |slope of the reference|."""
+
+    @classmethod
+    def of(
+        cls,
+        prediction_m: ArrayLike,
+        reference_m: ArrayLike,
+        valid: ArrayLike | None = None,
+        *,
+        gsd_m: float,
+        counted: ArrayLike | None = None,
+    ) -> Self:
+        """The sums of one tile.
+
+        Args:
+            prediction_m: (row, col) predicted heights, metres, NaN = no prediction.
+            reference_m: (row, col) reference heights, metres, NaN = no reference.
+            valid: (row, col) boolean; a pixel counts when its whole neighbourhood is True. None: all are.
+            gsd_m: Side of a pixel, metres.
+            counted: (row, col) boolean, the pixels to count, whatever their neighbours are; where tiles overlap, each pixel
+                is counted in one of them. None: all.
+        """
+        reference = np.asarray(reference_m, dtype=np.float64)
+        known = np.where(_usable(reference, valid), reference, np.nan)
+        steep = slope(known, gsd_m)
+        predicted, steep, both, missing = _pairs(slope(prediction_m, gsd_m), steep, counted)
+        difference = predicted[both] - steep[both]
+        return cls(
+            n=difference.size,
+            n_missing=missing,
+            difference_sum=float(difference.sum()),
+            absolute_sum=float(np.abs(difference).sum()),
+            reference_sum=float(steep[both].sum()),
+        )
+
+    def __add__(self, other: EdgeSums) -> EdgeSums:
+        return EdgeSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    @property
+    def error(self) -> float:
+        """Mean absolute difference of the gradient magnitudes, metres per metre."""
+        return _ratio(self.absolute_sum, self.n)
+
+    @property
+    def bias(self) -> float:
+        """Mean difference of the gradient magnitudes, metres per metre; negative where the map is too smooth."""
+        return _ratio(self.difference_sum, self.n)
+
+    @property
+    def reference_mean(self) -> float:
+        """Mean gradient magnitude of the reference, metres per metre: what a flat map's error is."""
+        return _ratio(self.reference_sum, self.n)
+
+
 # --- blocks --------------------------------------------------------------------------------------------------------------
 
 
@@ -463,3 +560,100 @@ class BlockSums:
         n = self.n[enough]
         sums = HeightSums.of(self.prediction_sum_m[enough] / n, self.reference_sum_m[enough] / n)
         return sums + HeightSums(n_missing=int((~enough).sum()))
+
+
+# --- how sure a score is -------------------------------------------------------------------------------------------------
+
+BOOTSTRAPPED = ("mae_m", "rmse_m", "bias_m", "r2")
+"""The measures of `HeightSums` that `block_bootstrap` knows."""
+
+_BATCH = 2**22
+"""Numbers in one draw of resamples, so that memory does not grow with the number of blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Resampled:
+    """A measure of many resamples of the blocks of a set, in the order in which they were drawn."""
+
+    values: dict[str, NDArray[np.float64]]
+    """By measure of `BOOTSTRAPPED`: (resample,)."""
+    blocks: int
+    """How many blocks there were to draw from."""
+
+    def __sub__(self, other: Resampled) -> Resampled:
+        """The differences, resample by resample: paired when both come from one call of `block_bootstrap`."""
+        assert self.blocks == other.blocks, f"{self.blocks} and {other.blocks} blocks are not pairs"
+        return replace(self, values={name: value - other.values[name] for name, value in self.values.items()})
+
+    def interval(self, measure: str, level: float = 0.95) -> tuple[float, float]:
+        """The percentile interval; NaN where a resample does not have the measure, or with fewer than two blocks."""
+        if self.blocks < 2:
+            return math.nan, math.nan
+        low, high = np.quantile(self.values[measure], [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+
+def block_bootstrap(
+    *sets: Sequence[HeightSums], generator: np.random.Generator, resamples: int = 2000
+) -> tuple[Resampled, ...]:
+    """Resample blocks of ground with replacement and take the measures of each resample.
+
+    Why blocks: neighbouring pixels err alike, so pixels drawn one by one would give intervals that are far too narrow. A
+    block should be larger than the distance over which errors are alike; whole plots are.
+
+    Why not `scipy.stats.bootstrap`: it resamples the observations of one statistic, where here all measures of all sets must
+    come from the same draws, which their differences need, and from sums, which one product with the counts of the draws
+    gives at once. The intervals are the same (there is a test).
+
+    Args:
+        sets: One or more sequences of the sums of the same blocks in the same order, for example of two maps.
+        generator: Draws the resamples.
+        resamples: How many.
+
+    Returns:
+        For each of `sets` its resamples; the k-th resample of all of them has the same blocks.
+    """
+    count = len(sets[0])
+    assert count, "no block to resample"
+    assert all(len(blocks) == count for blocks in sets), f"{[len(blocks) for blocks in sets]} blocks are not pairs"
+    tables = [_moments(blocks) for blocks in sets]
+    drawn: list[list[NDArray[np.float64]]] = [[] for _ in sets]
+    rows = max(1, _BATCH // count)
+    for start in range(0, resamples, rows):
+        times = generator.multinomial(count, np.full(count, 1 / count), size=min(rows, resamples - start)).astype(np.float64)
+        for sums, table in zip(drawn, tables, strict=True):
+            sums.append(times @ table)
+    return tuple(Resampled(values=_measures(np.concatenate(sums)), blocks=count) for sums in drawn)
+
+
+def _moments(blocks: Sequence[HeightSums]) -> NDArray[np.float64]:
+    """(block, 6): n, sums of error, |error| and error², and of the reference's deviation from the set's mean and its square.
+
+    Deviations from the mean of the whole set, so that the variation of a resample does not come from sums of large squares.
+    """
+    centre_m = sum(blocks, HeightSums()).reference_mean_m
+    return np.array(
+        [
+            (
+                b.n,
+                b.error_sum_m,
+                b.absolute_sum_m,
+                b.square_sum_m2,
+                b.n * (b.reference_mean_m - centre_m),
+                b.reference_deviation_m2 + b.n * (b.reference_mean_m - centre_m) ** 2,
+            )
+            for b in blocks
+        ],
+        dtype=np.float64,
+    )
+
+
+def _measures(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    n, error, absolute, square, first, second = sums.T
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample of blocks without a pixel has no measure: NaN
+        return {
+            "mae_m": absolute / n,
+            "rmse_m": np.sqrt(square / n),
+            "bias_m": error / n,
+            "r2": np.where(n > 0, 1 - square / (second - first**2 / n), np.nan),
+        }

@@ -66,7 +66,12 @@ class Baselines:
         """
         heights = np.full(wanted_rc.shape, np.nan, dtype=np.float32)
         if wanted_rc.any():
-            heights[wanted_rc] = self.forest.predict(colour_and_texture(image_brc, seen_rc)[wanted_rc])
+            # Features only as far around what is wanted as the widest neighbourhood reaches.
+            reach = max(SCALES_PX) // 2 + 1
+            rows, cols = (np.flatnonzero(wanted_rc.any(axis=axis)) for axis in (1, 0))
+            part = slice(max(rows[0] - reach, 0), rows[-1] + reach + 1), slice(max(cols[0] - reach, 0), cols[-1] + reach + 1)
+            features = colour_and_texture(image_brc[:, *part], seen_rc[part])
+            heights[wanted_rc] = self.forest.predict(features[wanted_rc[part]])
         return heights
 
 

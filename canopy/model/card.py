@@ -1,142 +1,203 @@
-"""The card of a trained model, written from what was measured."""
+"""The card of a trained model: what its contract and its metrics file say, for people.
+
+Nothing else goes into it, so a card can be made again from the files of a model folder, and a test does that.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
-from canopy.model.baselines import Baselines
-from canopy.model.calibration import Coverage
-from canopy.model.evaluate import Calibration, SiteScore
-from canopy.model.package import Contract
-from canopy.model.recipe import TrainingRecipe
+from canopy.model.package import Contract, read_contract
+from canopy.model.scores import LEAST_BLOCKS, RESAMPLED_M, ClassFigures, Figures, How, Interval, Metrics, Score, read_metrics
 
 SERIOUS_BIAS_M = 5.0
 """A class of heights that is off by more than this on average is named among the limits."""
 
+LEAST_CLASS_PX = 100
+"""A class with fewer pixels than this is a crown or two and no ground for a warning."""
 
-def model_card(
-    recipe: TrainingRecipe,
-    contract: Contract,
-    *,
-    sources: Sequence[Mapping[str, str]],
-    scores: Sequence[SiteScore],
-    baselines: Baselines,
-    calibration: Calibration,
-) -> str:
-    """Markdown text of `card.md`; every figure is one that was measured in this run.
+_HOW: dict[How, str] = {
+    "unseen site": "by a model of the same recipe that was trained without the site",
+    "never-used site": "by this model, which had no part of the site in its training",
+    "held-out blocks": "by this model, on blocks held out of a site whose other blocks trained it: not a new place",
+}
+
+
+def card(contract: Contract, metrics: Metrics) -> str:
+    """Markdown text of `card.md`.
 
     Args:
-        recipe: What was asked for.
         contract: What the model is.
-        sources: Site, sources, licence and number of chips of the training data.
-        scores: By site.
-        baselines: What the scores are compared with.
-        calibration: The interval table and its measured coverage.
+        metrics: What was measured of it.
     """
+    parts = (
+        _about(contract, metrics),
+        ["## Training data", "", *_training_data(metrics)],
+        ["## Scores", "", *_scores(metrics)],
+        ["## Next to the random forest", "", *_next_to_forest(metrics)],
+        ["## By class of true height", "", *_classes(metrics)],
+        ["## Intervals", "", *_intervals(contract, metrics)],
+        ["## Not for", "", *(f"- {line}" for line in _limits(contract, metrics))],
+    )
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def card_of(folder: Path) -> str:
+    """The card of a model folder made again from its contract and its metrics.
+
+    Raises:
+        ContractError: one of the two is missing or wrong.
+    """
+    return card(read_contract(folder), read_metrics(folder))
+
+
+def _about(contract: Contract, metrics: Metrics) -> list[str]:
     low, high = contract.gsd_range_m
-    lines = [
+    bins = contract.network.bins
+    return [
         f"# {contract.name} {contract.version}",
         "",
         contract.description,
         "",
         f"- Input: {', '.join(contract.bands)} imagery, {contract.dtype}, {low:g} to {high:g} m per pixel",
-        f"- Output: canopy height in metres above ground, up to {contract.network.bins.max_m:g} m",
-        f"- Network: {contract.network.backbone}, DPT decoder, {contract.network.bins.count} height bins, {_start(recipe)}",
-        f"- Training: {recipe.optim.steps} steps, recipe in `recipe.toml` (SHA-256 {recipe.sha256()[:12]})",
+        f"- Output: canopy height in metres above ground, up to {bins.max_m:g} m",
+        f"- Network: {contract.network.backbone}, DPT decoder, {bins.count} height bins, {metrics.start}",
+        f"- Training: {metrics.steps} steps, recipe in `recipe.toml` (SHA-256 {contract.training.recipe_sha256[:12]})",
         f"- Licence of the weights: {contract.licence}",
-        "",
-        "## Training data",
-        "",
-        *_table(
-            ("site", "chips", "imagery", "heights", "licence"),
-            [(s["site"], s["chips"], s["image_source"], s["lidar_source"], s["licence"]) for s in sources],
-        ),
-        "",
-        "## Scores on chips held out from training",
-        "",
-        "Bias is prediction minus reference. *Unseen* sites had no chip in training; of the others, other blocks had.",
-        f"The training mean is {baselines.mean_m:.2f} m everywhere.",
-        f"The random forest sees the colour and texture of {baselines.n} training pixels.",
-        "",
-        *_table(
-            ("site", "", "pixels", "", "MAE m", "RMSE m", "bias m", "R²"),
-            [
-                (
-                    s.site if first else "",
-                    "" if s.seen or not first else "unseen",
-                    str(s.model.n) if first else "",
-                    who,
-                    _number(sums.mae_m),
-                    _number(sums.rmse_m),
-                    _number(sums.bias_m, sign=True),
-                    _number(sums.r2),
-                )
-                for s in scores
-                for first, who, sums in (
-                    (True, "**model**", s.model),
-                    (False, "training mean", s.training_mean),
-                    (False, "random forest", s.forest),
-                )
-            ],
-        ),
-        "",
-        "By class of true height, MAE / bias of the model in metres:",
-        "",
-        *_table(
-            ("site", *(scores[0].classes.labels if scores else ())),
-            [
-                (
-                    s.site,
-                    *(f"{_number(c.mae_m)} / {_number(c.bias_m, sign=True)}" if c.n else "-" for c in s.classes.classes),
-                )
-                for s in scores
-            ],
-        ),
-        "",
-        "## Intervals",
-        "",
-        *_intervals(contract, calibration),
-        "",
-        "## Not for",
-        "",
-        *(f"- {line}" for line in _limits(recipe, contract, scores)),
-        "",
     ]
-    return "\n".join(lines)
 
 
-def _start(recipe: TrainingRecipe) -> str:
-    if recipe.model.start_from is not None:
-        return f"started from the model {recipe.model.start_from}"
-    return "published backbone weights" if recipe.model.pretrained else "trained from scratch"
+def _training_data(metrics: Metrics) -> list[str]:
+    rows = [(s.site, str(s.chips), s.image_source, s.lidar_source, s.licence) for s in metrics.sources]
+    return _table(("site", "chips", "imagery", "heights", "licence"), rows)
 
 
-def _number(value: float, *, sign: bool = False) -> str:
-    if not math.isfinite(value):
-        return "-"
-    return f"{value:+.2f}" if sign else f"{value:.2f}"
+# --- scores --------------------------------------------------------------------------------------------------------------
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+def _scores(metrics: Metrics) -> list[str]:
+    used = [how for how in _HOW if any(score.how == how for score in metrics.scores)]
+    lines = [
+        "Where each row comes from:",
+        "",
+        *(f"- *{how}*: {_HOW[how]}" for how in used),
+        "",
+        "Bias is prediction minus reference. In brackets after a figure: its 95 % interval, from drawing squares of",
+        f"{RESAMPLED_M:g} m of ground again and again. Block R² is that of the means over blocks of the stated side, where",
+        "at least half of a block is known. The edge error is the mean absolute difference of the slope (Sobel gradient) of",
+        "the two surfaces in metres per metre; in brackets its signed mean, negative where the map is too smooth.",
+        f"The training mean is {metrics.training_mean_m:.2f} m everywhere; the random forest sees the colour and texture of",
+        f"{metrics.forest_px} training pixels. At an unseen site both are those of the training without it.",
+    ]
+    for score in metrics.scores:
+        lines += [
+            "",
+            f"**{score.site}**, {score.how}: {score.model.n} pixels of {score.gsd_m:g} m in {score.chips} chips and "
+            f"{score.squares} {'square' if score.squares == 1 else 'squares'}"
+            + (f", {score.model.n_missing} without a prediction" if score.model.n_missing else ""),
+            "",
+            *_table(
+                ("", "MAE m", "RMSE m", "bias m", "R²", f"R² of {score.block_m:g} m blocks", "edge error"),
+                [
+                    _figures("**model**", score.model, score.blocks),
+                    _figures("training mean", score.training_mean, score.blocks),
+                    _figures("random forest", score.random_forest, score.blocks),
+                ],
+            ),
+        ]
+    return lines
 
 
-def _intervals(contract: Contract, calibration: Calibration) -> list[str]:
-    table = calibration.table
+def _figures(who: str, figures: Figures, blocks: int) -> tuple[str, ...]:
+    edge = "-" if figures.edge_error is None else f"{figures.edge_error:.2f} ({_number(figures.edge_bias, sign=True)})"
+    return (
+        who,
+        _with_interval(figures.mae_m, figures.mae_95_m),
+        _with_interval(figures.rmse_m, figures.rmse_95_m),
+        _with_interval(figures.bias_m, figures.bias_95_m, sign=True),
+        _with_interval(figures.r2, figures.r2_95),
+        "-" if figures.block_r2 is None else f"{figures.block_r2:.2f} of {blocks}",
+        edge,
+    )
+
+
+def _next_to_forest(metrics: Metrics) -> list[str]:
+    lines = [
+        "Model minus random forest on the same squares: *better* or *worse* only where the 95 % interval of the difference",
+        f"leaves out 0, *as good* where it does not; from fewer than {LEAST_BLOCKS} squares nothing is claimed.",
+        "",
+        *_table(
+            ("site", "", "squares", "MAE m", "", "RMSE m", ""),
+            [
+                (
+                    score.site,
+                    score.how,
+                    str(score.squares),
+                    _difference(score.model.mae_m, score.random_forest.mae_m, score.mae_difference_95_m),
+                    score.against_forest("mae"),
+                    _difference(score.model.rmse_m, score.random_forest.rmse_m, score.rmse_difference_95_m),
+                    score.against_forest("rmse"),
+                )
+                for score in metrics.scores
+            ],
+        ),
+    ]
+    new = [score for score in metrics.scores if score.how != "held-out blocks"]
+    if new:
+        better = [score.site for score in new if score.against_forest() == "better"]
+        rest = [f"{score.site} ({score.against_forest()})" for score in new if score.against_forest() != "better"]
+        said = f"better than the random forest at {_list(better)}" if better else "nowhere better than the random forest"
+        lines += [
+            "",
+            f"By MAE, on sites that are new to it, the model is {said}{f'; not at {_list(rest)}' if rest else ''}.",
+        ]
+    else:
+        lines += ["", "No site was new to the model: what it does elsewhere has not been measured."]
+    return lines
+
+
+def _difference(model: float | None, forest: float | None, interval: Interval) -> str:
+    return "-" if model is None or forest is None else _with_interval(model - forest, interval, sign=True)
+
+
+def _classes(metrics: Metrics) -> list[str]:
+    if not metrics.scores:
+        return ["Nothing was scored."]
+    labels = [c.label for c in metrics.scores[0].classes]
+    rows = [(score.site, score.how, *(_class(c) for c in score.classes)) for score in metrics.scores]
+    return ["MAE / bias of the model in metres:", "", *_table(("site", "", *labels), rows)]
+
+
+def _class(figures: ClassFigures) -> str:
+    return f"{_number(figures.mae_m)} / {_number(figures.bias_m, sign=True)}" if figures.n else "-"
+
+
+# --- intervals -----------------------------------------------------------------------------------------------------------
+
+
+def _intervals(contract: Contract, metrics: Metrics) -> list[str]:
+    table = contract.calibration
+    if table is None:
+        return ["Not calibrated: maps say so, and give no interval."]
     lines = [
         f"Split-conformal intervals, made to hold {table.nominal:.0%} of the true heights.",
-        f"Fitted on held-out chips of {', '.join(table.sites)}, with equal weight for each site.",
-        "Measured only where the table was not fitted:",
-        "",
+        f"Fitted with equal weight for each of {_list(table.sites)},",
+        "on predictions for sites that were new to the model that made them."
+        if metrics.folds
+        else "on chips held out of training.",
     ]
-    rows = []
-    for how, sites in (("left out of the fit", calibration.left_out), ("not used in the fit", calibration.other)):
-        rows += [(site, how, *_coverage(coverage)) for site, coverage in sites.items()]
-    if not rows:
-        return [*lines[:2], f"Coverage of {contract.name} could not be measured: nothing else was held out."]
-    lines += _table(("site", "", "pixels", "coverage", "mean width m"), rows)
+    if not metrics.coverage:
+        return [*lines, "Their coverage could not be measured: nothing else was held out."]
+    lines += ["", "Measured only where the table was not fitted:", ""]
+    lines += _table(
+        ("site", "", "pixels", "coverage", "mean width m"),
+        [
+            (c.site, c.how, str(c.n), "-" if c.coverage is None else f"{c.coverage:.1%}", _number(c.mean_width_m))
+            for c in metrics.coverage
+        ],
+    )
     lines += ["", "By class of predicted height:", ""]
     labels = [*(f"{a:g}-{b:g} m" for a, b in pairwise(table.edges_m)), f">= {table.edges_m[-1]:g} m"]
     lines += _table(
@@ -155,29 +216,67 @@ def _intervals(contract: Contract, calibration: Calibration) -> list[str]:
     return lines
 
 
-def _coverage(coverage: Coverage) -> tuple[str, str, str]:
-    total = coverage.total
-    return str(total.n), f"{total.coverage:.1%}" if total.n else "-", _number(total.mean_width_m)
+# --- limits --------------------------------------------------------------------------------------------------------------
 
 
-def _limits(recipe: TrainingRecipe, contract: Contract, scores: Sequence[SiteScore]) -> list[str]:
-    """What follows from the figures, then what the recipe says."""
+def _limits(contract: Contract, metrics: Metrics) -> list[str]:
+    """What follows from the figures, a line a site, then what the recipe says."""
     low, high = contract.gsd_range_m
     lines = [
         f"imagery other than {', '.join(contract.bands)} at {low:g} to {high:g} m per pixel (refused)",
         f"trees above {contract.network.bins.max_m:g} m, the last height bin",
         "regions unlike its training data, without checking it there against measured heights first",
     ]
-    for score in scores:
-        where = f"{score.site}{'' if score.seen else ' (unseen in training)'}"
-        if score.model.r2 < 0:
-            lines.append(f"telling tall from low canopy at sites like {where}: R² there is {score.model.r2:.2f}")
-        best = min(score.training_mean.mae_m, score.forest.mae_m)
-        if score.model.mae_m >= best:
-            lines.append(
-                f"sites like {where}: a baseline does as well (MAE {best:.2f} m, the model {score.model.mae_m:.2f} m)"
-            )
-        for label, sums in zip(score.classes.labels, score.classes.classes, strict=True):
-            if sums.n and abs(sums.bias_m) > SERIOUS_BIAS_M:
-                lines.append(f"heights {label} at sites like {where}: biased by {sums.bias_m:+.1f} m there")
-    return [*lines, *recipe.model.not_for]
+    strictest: dict[str, Score] = {}
+    for score in metrics.scores:  # stricter ways of judging come first
+        strictest.setdefault(score.site, score)
+    sites = [
+        f"places like {score.site} ({score.how}): {'; '.join(found)}"
+        for score in strictest.values()
+        if (found := _site_limits(score))
+    ]
+    return [*lines, *sites, *metrics.not_for]
+
+
+def _site_limits(score: Score) -> list[str]:
+    found = []
+    if score.model.r2 is not None and score.model.r2 < 0:
+        found.append(f"it does not tell tall from low (R² {score.model.r2:.2f})")
+    if (verdict := score.against_forest()) in {"worse", "as good"}:
+        than, forest = "worse" if verdict == "worse" else "no better", _number(score.random_forest.mae_m)
+        found.append(f"{than} than the random forest (MAE {_number(score.model.mae_m)} m, the forest {forest} m)")
+    mean = score.training_mean.mae_m
+    if score.model.mae_m is not None and mean is not None and score.model.mae_m >= mean:
+        found.append(f"no better than the training mean ({_number(mean)} m)")
+    biased = [
+        f"{c.label} {c.bias_m:+.0f} m"
+        for c in score.classes
+        if c.n >= LEAST_CLASS_PX and c.bias_m is not None and abs(c.bias_m) > SERIOUS_BIAS_M
+    ]
+    if biased:
+        found.append(f"heights off on average: {', '.join(biased)}")
+    return found
+
+
+# --- text ----------------------------------------------------------------------------------------------------------------
+
+
+def _number(value: float | None, *, sign: bool = False) -> str:
+    if value is None:
+        return "-"
+    return f"{value:+.2f}" if sign else f"{value:.2f}"
+
+
+def _with_interval(value: float | None, interval: Interval, *, sign: bool = False) -> str:
+    if value is None or interval is None:
+        return _number(value, sign=sign)
+    return f"{_number(value, sign=sign)} ({' to '.join(_number(end, sign=sign) for end in interval)})"
+
+
+def _list(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]

@@ -1,8 +1,8 @@
-"""How good a trained model is on chips it never saw, and how sure it may be: scores by site, baselines, intervals."""
+"""What a trained model says of chips it never saw, and how sure it may be: predictions, then intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from canopy.errors import RecipeError
 from canopy.grid import Layout, weight
-from canopy.metrics import ClassSums, HeightSums, IntervalSums, by_class
+from canopy.metrics import IntervalSums
 from canopy.model.baselines import Baselines
 from canopy.model.calibration import (
     CalibrationTable,
@@ -24,6 +24,7 @@ from canopy.model.calibration import (
 from canopy.model.data import ChipDataset
 from canopy.model.package import HeightModel
 from canopy.model.recipe import Calibrate
+from canopy.tiler.chips import read_index
 
 Heights = NDArray[np.float32]
 
@@ -37,8 +38,7 @@ def predict_chip(model: HeightModel, image_brc: NDArray[Any], valid_rc: NDArray[
     layout = Layout(window_px=model.contract.window_px, stride_px=model.contract.stride_px)
     rows, cols = valid_rc.shape
     if max(rows, cols) <= layout.window_px:
-        heights = model.predict(image_brc[None], valid_rc[None])
-        return heights.mean_m[0].cpu().numpy(), heights.spread_m[0].cpu().numpy()
+        return _predict(model, image_brc, valid_rc)
     side = layout.window_px
     sums = np.zeros((3, rows, cols), np.float32)
     for window_row in layout.windows_over(0, rows):
@@ -51,15 +51,22 @@ def predict_chip(model: HeightModel, image_brc: NDArray[Any], valid_rc: NDArray[
             image[:, *there], valid[there] = image_brc[:, *inside], valid_rc[inside]
             if not valid.any():
                 continue
-            heights = model.predict(image[None], valid[None])
-            mean, spread = heights.mean_m[0].cpu().numpy()[there], heights.spread_m[0].cpu().numpy()[there]
+            mean, spread = (a[there] for a in _predict(model, image, valid))
             w = np.outer(_weights(layout, window_row, inside[0]), _weights(layout, window_col, inside[1]))
-            sums[0][inside] += w
-            sums[1][inside] += w * mean
-            sums[2][inside] += w * (spread**2 + mean**2)
+            usable = np.isfinite(mean)
+            for total, value in zip(sums, (np.ones_like(mean), mean, spread**2 + mean**2), strict=True):
+                total[inside] += np.where(usable, w * value, np.float32(0))
     with np.errstate(invalid="ignore"):  # 0/0 is NaN where no window saw a valid pixel
         mean_m, square = sums[1] / sums[0], sums[2] / sums[0]
     return mean_m, np.sqrt(np.maximum(square - mean_m**2, 0.0))
+
+
+def _predict(model: HeightModel, image_brc: NDArray[Any], valid_rc: NDArray[np.bool_]) -> tuple[Heights, Heights]:
+    """Mean and spread of one window, NaN where the model abstains."""
+    heights = model.predict(image_brc[None], valid_rc[None])
+    abstain = heights.abstain[0].cpu().numpy()
+    mean, spread = (np.where(abstain, np.float32(np.nan), a[0].cpu().numpy()) for a in (heights.mean_m, heights.spread_m))
+    return mean, spread
 
 
 def _weights(layout: Layout, window: int, span: slice) -> NDArray[np.float32]:
@@ -70,107 +77,218 @@ def _weights(layout: Layout, window: int, span: slice) -> NDArray[np.float32]:
     )
 
 
+# --- held-out chips ------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChipResult:
-    """One held-out chip: what is known and what was predicted, at its labelled pixels, one-dimensional, metres."""
+    """What is known and what was predicted on the part of a held-out chip that counts.
+
+    Heights are (row, col) in metres, NaN where there is no height or no imagery. The arrays reach one pixel beyond `counts`
+    where the chip does, so that gradients at its rim can be taken.
+    """
 
     id: str
     site: str
+    crs: str
+    gsd_m: float
+    row_px: int
+    """Row of the arrays' first pixel on the lattice of `crs`."""
+    col_px: int
+    """Its column."""
     calibrates: bool
+    """Whether the chip may have a part in the calibration table."""
     scores: bool
+    """Whether it has a part in the scores."""
+    counts: NDArray[np.bool_]
+    """(row, col): pixels with a known height and imagery that count in this chip and in no other."""
     true_m: Heights
     mean_m: Heights
+    """NaN as well where the model abstains."""
     spread_m: Heights
     forest_m: Heights
-    """By the random-forest baseline; empty where the chip is not scored."""
+    """By the random-forest baseline; NaN everywhere where the chip is not scored."""
+
+
+HeldOutSet = tuple[ChipDataset, bool, bool]
+"""Chips, whether they calibrate, whether they are scored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Place:
+    """Where a chip lies, and which of its pixels have a known height and imagery, as bits."""
+
+    chips: ChipDataset
+    item: int
+    lattice: tuple[str, str, float]
+    """Site, CRS and GSD: pixels of two chips are the same ground only where all three are."""
+    row_px: int
+    col_px: int
+    shape: tuple[int, int]
+    bits: NDArray[np.uint8]
+    calibrates: bool
+    scores: bool
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        rows, cols = self.shape
+        return np.unpackbits(self.bits, count=rows * cols).reshape(self.shape).astype(bool)
+
+    def distance(self, rows: slice, cols: slice) -> NDArray[np.int64]:
+        """How far lattice pixels are from the chip's centre, along the farther axis, in half pixels."""
+        r = 2 * (np.arange(rows.start, rows.stop) - self.row_px) + 1 - self.shape[0]
+        c = 2 * (np.arange(cols.start, cols.stop) - self.col_px) + 1 - self.shape[1]
+        far: NDArray[np.int64] = np.maximum(np.abs(r)[:, None], np.abs(c)[None, :])
+        return far
+
+
+def _places(held_out: Sequence[HeldOutSet]) -> list[_Place]:
+    places = []
+    for chips, calibrates, scores in held_out:
+        rows = read_index(chips.tile_set).set_index("id")
+        for item, name in enumerate(chips.ids):
+            known = chips[item]["valid"].numpy()
+            row = rows.loc[name]
+            places.append(
+                _Place(
+                    chips=chips,
+                    item=item,
+                    lattice=(str(row["site"]), str(row["crs"]), float(row["gsd_m"])),
+                    row_px=int(row["row_px"]),
+                    col_px=int(row["col_px"]),
+                    shape=known.shape,
+                    bits=np.packbits(known),
+                    calibrates=calibrates,
+                    scores=scores,
+                )
+            )
+    return places
+
+
+def _counted(places: Sequence[_Place]) -> Iterator[NDArray[np.bool_]]:
+    """Per chip the pixels that count in it: each known pixel of the ground in one chip, the one whose centre is nearest.
+
+    Why the nearest centre: chips overlap so that training sees a place in many crops; a score that counted it as often would
+    be one of the middle of a site, and one taken from the rims of chips would be worse than the map is.
+    """
+    groups: dict[tuple[str, str, float], list[int]] = {}
+    for number, place in enumerate(places):
+        groups.setdefault(place.lattice, []).append(number)
+    corners = {
+        lattice: np.array([(places[k].row_px, places[k].col_px, *places[k].shape) for k in members], np.int64)
+        for lattice, members in groups.items()
+    }
+    for number, place in enumerate(places):
+        counts = place.known
+        top, left, height, width = corners[place.lattice].T
+        overlaps = (
+            (top < place.row_px + place.shape[0])
+            & (top + height > place.row_px)
+            & (left < place.col_px + place.shape[1])
+            & (left + width > place.col_px)
+        )
+        for other in (groups[place.lattice][k] for k in np.flatnonzero(overlaps)):
+            if other == number:
+                continue
+            rival = places[other]
+            rows, cols = (
+                slice(max(a, b), min(a + m, b + n))
+                for a, b, m, n in (
+                    (place.row_px, rival.row_px, place.shape[0], rival.shape[0]),
+                    (place.col_px, rival.col_px, place.shape[1], rival.shape[1]),
+                )
+            )
+            own, its = place.distance(rows, cols), rival.distance(rows, cols)
+            nearer = (its < own) | ((its == own) & (other < number))
+            here = (
+                slice(rows.start - place.row_px, rows.stop - place.row_px),
+                slice(cols.start - place.col_px, cols.stop - place.col_px),
+            )
+            there = (
+                slice(rows.start - rival.row_px, rows.stop - rival.row_px),
+                slice(cols.start - rival.col_px, cols.stop - rival.col_px),
+            )
+            counts[here] &= ~(nearer & rival.known[there])
+        yield counts
 
 
 def evaluate_chips(
     model: HeightModel,
     baselines: Baselines,
-    chips: ChipDataset,
+    held_out: Sequence[HeldOutSet],
     *,
-    calibrates: bool,
-    scores: bool,
-    progress: Callable[[int], None] | None = None,
-) -> list[ChipResult]:
-    """Predict every chip of a held-out set."""
-    results = []
-    for item in range(len(chips)):
-        sample = chips[item]
-        image, seen = sample["image"].numpy(), sample["image_valid"].numpy()
-        height, known = sample["height_m"].numpy(), sample["valid"].numpy()
-        mean_m, spread_m = predict_chip(model, image, seen)
-        forest_m = baselines.predict(image, known, seen)[known] if scores else np.zeros(0, np.float32)
-        results.append(
-            ChipResult(
-                id=sample["id"],
-                site=sample["site"],
-                calibrates=calibrates,
-                scores=scores,
-                true_m=height[known],
-                mean_m=mean_m[known],
-                spread_m=spread_m[known],
-                forest_m=forest_m,
-            )
-        )
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[ChipResult]:
+    """Predict held-out chips, one at a time; each pixel of the ground counts once, however many chips hold it.
+
+    Args:
+        model: The trained model.
+        baselines: Its baselines, fitted on the same training chips.
+        held_out: What is held out, as `DataSets.held_out` gives it.
+        progress: Called with the number of chips done and of all.
+    """
+    places = _places(held_out)
+    for done, (place, counts) in enumerate(zip(places, _counted(places), strict=True), 1):
+        if counts.any():
+            yield _evaluate(model, baselines, place, counts)
         if progress is not None:
-            progress(1)
-    return results
+            progress(done, len(places))
 
 
-# --- scores --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteScore:
-    """The model and its baselines on the scored chips of one site."""
-
-    site: str
-    seen: bool
-    """Whether other blocks of the site were trained on."""
-    chips: int
-    model: HeightSums
-    training_mean: HeightSums
-    forest: HeightSums
-    classes: ClassSums
-    """The model by class of true height."""
-
-
-def score_sites(
-    results: Sequence[ChipResult], baselines: Baselines, *, trained_sites: Sequence[str], edges_m: Sequence[float]
-) -> list[SiteScore]:
-    """Scores by site, in the order of their names."""
-    scored = [r for r in results if r.scores]
-    scores = []
-    for site in sorted({r.site for r in scored}):
-        own = [r for r in scored if r.site == site]
-        scores.append(
-            SiteScore(
-                site=site,
-                seen=site in trained_sites,
-                chips=len(own),
-                model=sum((HeightSums.of(r.mean_m, r.true_m) for r in own), HeightSums()),
-                training_mean=sum(
-                    (HeightSums.of(np.full_like(r.true_m, baselines.mean_m), r.true_m) for r in own), HeightSums()
-                ),
-                forest=sum((HeightSums.of(r.forest_m, r.true_m) for r in own), HeightSums()),
-                classes=sum((by_class(r.mean_m, r.true_m, edges_m) for r in own), ClassSums.zero(edges_m)),
+def _evaluate(model: HeightModel, baselines: Baselines, place: _Place, counts: NDArray[np.bool_]) -> ChipResult:
+    sample = place.chips[place.item]
+    image, seen = sample["image"].numpy(), sample["image_valid"].numpy()
+    known = sample["valid"].numpy()
+    mean_m, spread_m = predict_chip(model, image, seen)
+    rows, cols = (np.flatnonzero(counts.any(axis=axis)) for axis in (1, 0))
+    part = slice(max(rows[0] - 1, 0), rows[-1] + 2), slice(max(cols[0] - 1, 0), cols[-1] + 2)
+    wanted = np.zeros_like(known)
+    wanted[part] = known[part]
+    forest_m = baselines.predict(image, wanted, seen) if place.scores else np.full(known.shape, np.nan, np.float32)
+    site, crs, gsd_m = place.lattice
+    return ChipResult(
+        id=sample["id"],
+        site=site,
+        crs=crs,
+        gsd_m=gsd_m,
+        row_px=place.row_px + part[0].start,
+        col_px=place.col_px + part[1].start,
+        calibrates=place.calibrates,
+        scores=place.scores,
+        counts=counts[part],
+        **{
+            name: np.where(wanted, heights, np.float32(np.nan))[part]
+            for name, heights in (
+                ("true_m", sample["height_m"].numpy()), ("mean_m", mean_m), ("spread_m", spread_m), ("forest_m", forest_m),
             )
-        )
-    return scores
+        },
+    )  # fmt: skip
 
 
 # --- calibration ---------------------------------------------------------------------------------------------------------
 
 
-def _joined(results: Sequence[ChipResult]) -> tuple[Heights, Heights, Heights, NDArray[np.str_]]:
-    return (
-        np.concatenate([r.mean_m for r in results]),
-        np.concatenate([r.spread_m for r in results]),
-        np.concatenate([r.true_m for r in results]),
-        np.concatenate([np.full(r.true_m.size, r.site) for r in results]),
-    )
+CALIBRATION_PX_PER_CHIP = 10_000
+"""Most pixels of one chip that calibrate, drawn at random: more of one place say little more, and the fit sorts them all."""
+
+
+def _pixels(
+    chips: Iterable[ChipResult], generator: np.random.Generator
+) -> tuple[Heights, Heights, Heights, NDArray[np.str_]]:
+    """Mean, spread and true height of the pixels that calibrate, with the site of each."""
+    parts: list[tuple[Heights, Heights, Heights]] = []
+    sites: list[NDArray[np.str_]] = []
+    for chip in chips:
+        if chip.calibrates:
+            at = np.flatnonzero(chip.counts & np.isfinite(chip.mean_m))
+            if at.size > CALIBRATION_PX_PER_CHIP:
+                at = np.sort(generator.choice(at, CALIBRATION_PX_PER_CHIP, replace=False))
+            parts.append((chip.mean_m.ravel()[at], chip.spread_m.ravel()[at], chip.true_m.ravel()[at]))
+            sites.append(np.full(at.size, chip.site))
+    if not parts:
+        raise RecipeError("no chip is left to calibrate on; give a set a `calibrate` split or hold out a site for it")
+    mean, spread, true = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return mean, spread, true, np.concatenate(sites)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,37 +302,44 @@ class Calibration:
     """Scored chips that the table was not fitted on."""
 
 
-def calibrate(results: Sequence[ChipResult], settings: Calibrate) -> Calibration:
+def calibrate(chips: Iterable[ChipResult], settings: Calibrate, generator: np.random.Generator) -> Calibration:
     """Fit the table on the chips that calibrate and measure it on what it has not seen.
 
     The coverage written into the table is that of each calibration site by a table fitted on the other ones, and that on
-    held-out chips that do not calibrate; in-sample coverage is never reported.
+    scored chips that do not calibrate; in-sample coverage is never reported.
+
+    Args:
+        chips: Held-out chips; read twice.
+        settings: How to fit.
+        generator: Draws the pixels of chips that have more than `CALIBRATION_PX_PER_CHIP`.
 
     Raises:
         RecipeError: no chip calibrates, or too few pixels do.
     """
-    own = [r for r in results if r.calibrates]
-    if not own:
-        raise RecipeError("no chip is left to calibrate on; give a set a `calibrate` split or hold out a site for it")
     edges = settings.edges_m
     arguments = {"nominal": settings.nominal, "least_px": settings.least_px, "spread_floor_m": settings.spread_floor_m}
-    pixels = _joined(own)
+    pixels = _pixels(chips, generator)
     table = fit_calibration(*pixels, edges, **arguments)  # type: ignore[arg-type]
     classes = table.edges_m[1:]
     left_out = cross_coverage(*pixels, edges, **arguments)  # type: ignore[arg-type]
     left_out_classes = cross_coverage(*pixels, edges, report=classes, **arguments)  # type: ignore[arg-type]
-    others = [r for r in results if r.scores and not r.calibrates]
-    other, other_classes = {}, {}
-    for site in sorted({r.site for r in others}):
-        mean, spread, true, _ = _joined([r for r in others if r.site == site])
-        other[site] = measure_coverage(table, mean, spread, true, edges)
-        other_classes[site] = measure_coverage(table, mean, spread, true, classes)
+    other: dict[str, Coverage] = {}
+    other_classes: dict[str, Coverage] = {}
+    for chip in chips:
+        if chip.scores and not chip.calibrates:
+            known = chip.counts & np.isfinite(chip.mean_m)
+            mean_m, spread_m, true_m = (a[known] for a in (chip.mean_m, chip.spread_m, chip.true_m))
+            for sums, by in ((other, edges), (other_classes, classes)):
+                held = measure_coverage(table, mean_m, spread_m, true_m, by)
+                sums[chip.site] = sums.get(chip.site, Coverage.zero(by)) + held
     measured = []
     if left_out_classes:
         measured.append(_measured("sites left out in turn", left_out_classes))
     if other_classes:
-        measured.append(_measured("other held-out chips", other_classes))
-    return Calibration(table=table.model_copy(update={"measured": tuple(measured)}), left_out=left_out, other=other)
+        measured.append(_measured("other held-out chips", dict(sorted(other_classes.items()))))
+    return Calibration(
+        table=table.model_copy(update={"measured": tuple(measured)}), left_out=left_out, other=dict(sorted(other.items()))
+    )
 
 
 def _measured(

@@ -149,8 +149,8 @@ def test_the_model_folder_loads_and_says_what_was_measured(whole):
     # Colour is height here, so the forest, which sees it, must beat the constant.
     assert sites["FAR"]["random_forest"]["mae_m"] < 0.5 * sites["FAR"]["training_mean"]["mae_m"]
     card = (whole / "card.md").read_text()
-    assert f"| {sites['FAR']['model']['mae_m']:.2f} |" in card
-    assert "| FAR | unseen |" in card
+    assert f"| **model** | {sites['FAR']['model']['mae_m']:.2f} (" in card
+    assert "**FAR**, never-used site: " in card
     resolved = tomllib.loads((whole / "recipe.toml").read_text())
     assert resolved["optim"]["betas"] == [0.9, 0.99]
 
