@@ -36,7 +36,7 @@ from canopy.model.losses import charbonnier, curriculum, histogram_cross_entropy
 from canopy.model.network import HeightNetwork
 from canopy.model.package import Contract, load_model, normalise
 from canopy.model.recipe import Optim, TrainingRecipe, read_recipe
-from canopy.model.release import finish, say
+from canopy.model.release import check_start, finish, say
 from canopy.model.sets import DataSets
 from canopy.tiler.recipe import resolve
 
@@ -247,6 +247,7 @@ def train(
     run = out.resolve().parent / "runs" / out.name if resume is None else resume
     checkpoint = _open_run(run, settings, resuming=resume is not None)
     sets = DataSets(settings, folder)
+    check_start(settings, folder)
     contract = sets.contract()
     learner = fit(settings, sets, contract, run=run, checkpoint=checkpoint, callbacks=callbacks)
     if _rank() != 0:
