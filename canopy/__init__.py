@@ -14,13 +14,14 @@ __version__ = version("canopy-height")
 
 _PUBLIC = {
     "CanopyError": "canopy.errors",
+    "import_model": "canopy.model.foreign",
     "lidar_to_chm": "canopy.tiler.lidar",
     "load_model": "canopy.model.package",
     "map_region": "canopy.region",
     "open_map": "canopy.mosaicker.publish",
 }
 
-__all__ = ["CanopyError", "__version__", "lidar_to_chm", "load_model", "map_region", "open_map"]
+__all__ = ["CanopyError", "__version__", "import_model", "lidar_to_chm", "load_model", "map_region", "open_map"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import timm
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -48,6 +50,15 @@ class NetworkConfig(BaseModel):
     """Plain ViTs: the blocks (from 0) whose outputs are used; None: those that end each quarter of the depth."""
     tap_norm: bool = True
     """Plain ViTs: apply the backbone's final norm to each tapped block, as CHMv2 does and CHMv1 does not."""
+    norm_eps: float | None = Field(default=None, gt=0)
+    """Plain ViTs: what every LayerNorm of the backbone adds to the variance; None: timm's value for that model."""
+    rope_periods: tuple[float, ...] | None = None
+    """ViTs with DINOv3's rotary positions: their periods, in half windows; None: computed from the backbone's temperature.
+
+    Why here: the authors' checkpoints carry them rounded to bfloat16, which moves heights by 2 mm.
+    """
+    position_resize: Literal["corners"] | None = None
+    """ViTs with learned positions: `corners` resizes their grid on its corners as CHMv1 does; None: as timm does."""
     reassemble_channels: tuple[int, int, int, int] | None = None
     """Channels of the four maps before fusion, finest first; None: 1/2, 1, 2 and 4 times `decoder_channels`."""
     decoder_channels: int = Field(default=256, ge=8, multiple_of=2)
@@ -113,16 +124,60 @@ class Backbone(nn.Module):
         # Parameters that no map depends on would never get a gradient; distributed training refuses such models.
         self.tap_norm = self.is_plain and config.tap_norm
         self.body.prune_intermediate_layers(self.taps, prune_norm=not self.tap_norm, prune_head=True)
+        self.rope_periods = config.rope_periods
+        self._adjust(config)
         self._try_a_window(config)
 
     def forward(self, x_bchw: Tensor) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Four maps (batch, channel, row, col), finest first, and their class tokens (batch, channel) if any."""
+        """Four maps, finest first, and their class tokens (batch, channel) if any.
+
+        The maps are (batch, channel, row, col), those of a plain ViT with the channels of a pixel side by side in memory
+        (channels last), which is how its tokens lie there anyway.
+        """
         options: dict[str, Any] = {"indices": self.taps, "norm": self.tap_norm, "intermediates_only": True}
-        if not self.has_class_token:
+        if not self.is_plain:
             return self.body.forward_intermediates(x_bchw, **options), None
-        pairs = self.body.forward_intermediates(x_bchw, return_prefix_tokens=True, **options)
+        rows, cols = x_bchw.shape[2] // PATCH_PX, x_bchw.shape[3] // PATCH_PX
+        pairs = self.body.forward_intermediates(x_bchw, return_prefix_tokens=True, output_fmt="NLC", **options)
+        if not self.has_class_token:
+            tokens = [pair[0] if isinstance(pair, tuple) else pair for pair in pairs]
+            return [_as_map(token_bld, rows, cols) for token_bld in tokens], None
         # timm puts the class token before any register tokens.
-        return [map_bchw for map_bchw, _ in pairs], [prefix_bld[:, 0] for _, prefix_bld in pairs]
+        maps = [_as_map(token_bld, rows, cols) for token_bld, _ in pairs]
+        return maps, [prefix_bld[:, 0] for _, prefix_bld in pairs]
+
+    def _adjust(self, config: NetworkConfig) -> None:
+        """What timm's constructors have no argument for."""
+        if config.norm_eps is not None:
+            for module in self.body.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = config.norm_eps
+        if config.rope_periods is not None:
+            wanted = getattr(getattr(self.body, "rope", None), "periods", torch.empty(0)).numel()
+            if wanted != len(config.rope_periods):
+                raise RecipeError(
+                    f"rope_periods has {len(config.rope_periods)} periods, backbone {config.backbone!r} takes {wanted}; "
+                    f"leave them out, or give as many"
+                )
+            self._set_periods()
+        if config.position_resize is not None:
+            if type(self.body) is not VisionTransformer or self.body.pos_embed is None or self.body.no_embed_class:
+                raise RecipeError(
+                    f"position_resize {config.position_resize!r} is for ViTs with learned positions; "
+                    f"leave it out for {config.backbone!r}"
+                )
+            self.body.__class__ = _CornerPositions  # the same parameters with another way of resizing them
+
+    def _set_periods(self) -> None:
+        if self.rope_periods is not None:
+            periods = self.body.rope.periods
+            self.body.rope.periods = torch.tensor(self.rope_periods, dtype=torch.float32, device=periods.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # timm computes the periods anew when a model is cast to half precision; they are constants of the network.
+        self._set_periods()
+        return self
 
     @torch.no_grad()
     def _try_a_window(self, config: NetworkConfig) -> None:
@@ -141,6 +196,33 @@ class Backbone(nn.Module):
         expected = [(c, rows // s, cols // s) for c, s in zip(self.channels, strides, strict=True)]
         assert shapes == expected, f"{config.backbone}: maps {shapes}, expected {expected}"
         self.body.train()
+
+
+def _as_map(token_bld: Tensor, rows: int, cols: int) -> Tensor:
+    return token_bld.reshape(token_bld.shape[0], rows, cols, -1).permute(0, 3, 1, 2)
+
+
+class _CornerPositions(VisionTransformer):
+    """timm's ViT with its grid of learned positions resized on the corners, for weights that were trained so (CHMv1).
+
+    timm resizes between pixel edges and smooths when the grid shrinks, which puts the positions up to half a patch off
+    what such weights expect: 2 cm of height already from 14 to 16 patches.
+    """
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        assert self.cls_token is not None, "these weights come with a class token"
+        token_bld = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
+        return token_bld + self._positions(x.shape[1], x.shape[2])
+
+    def _positions(self, rows: int, cols: int) -> Tensor:
+        assert self.pos_embed is not None, "these weights come with positions"
+        own_rows, own_cols = self.patch_embed.grid_size
+        if (rows, cols) == (own_rows, own_cols):
+            return self.pos_embed
+        class_bld, patch_bld = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        grid_bdhw = patch_bld.float().reshape(1, own_rows, own_cols, -1).permute(0, 3, 1, 2)
+        grid_bdhw = functional.interpolate(grid_bdhw, size=(rows, cols), mode="bicubic", align_corners=True)
+        return torch.cat([class_bld, grid_bdhw.flatten(2).transpose(1, 2).to(class_bld.dtype)], dim=1)
 
 
 def _create(config: NetworkConfig, *, pretrained: bool) -> Any:
@@ -170,15 +252,31 @@ def _create(config: NetworkConfig, *, pretrained: bool) -> Any:
 # --- decoder -------------------------------------------------------------------------------------------------------------
 
 
+class Readout(nn.Module):
+    """The "project" readout: every patch token sees the class token, GELU(W [patch, class] + b).
+
+    The product with the class token is the same for all patches of an image. Keeping its half of W apart costs half of
+    what joining the class token to every patch does.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patch = nn.Linear(width, width)
+        self.token = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_bchw: Tensor, class_bc: Tensor) -> Tensor:
+        """Same shape as `x_bchw` out, channels last."""
+        x_bhwc = self.patch(x_bchw.permute(0, 2, 3, 1)) + self.token(class_bc)[:, None, None]
+        return functional.gelu(x_bhwc).permute(0, 3, 1, 2)
+
+
 class Reassemble(nn.Module):
     """Backbone maps -> maps at strides 4, 8, 16, 32 with the channels of the decoder's four levels."""
 
     def __init__(self, backbone: Backbone, channels: tuple[int, int, int, int]) -> None:
         super().__init__()
         width = backbone.channels
-        self.readout = nn.ModuleList(
-            nn.Sequential(nn.Linear(2 * d, d), nn.GELU()) for d in (width if backbone.has_class_token else ())
-        )
+        self.readout = nn.ModuleList(Readout(d) for d in (width if backbone.has_class_token else ()))
         self.project = nn.ModuleList(nn.Conv2d(d, c, 1) for d, c in zip(width, channels, strict=True))
         finest, fine, _, coarsest = channels
         self.resize = nn.ModuleList(
@@ -198,10 +296,7 @@ class Reassemble(nn.Module):
         for level, (project, resize) in enumerate(zip(self.project, self.resize, strict=True)):
             x_bchw = maps[level]
             if classes is not None:
-                # "project" readout: every patch token sees the class token, (b, h, w, 2c) -> (b, h, w, c).
-                x_bhwc = x_bchw.permute(0, 2, 3, 1)
-                class_bhwc = classes[level][:, None, None].expand_as(x_bhwc)
-                x_bchw = self.readout[level](torch.cat([x_bhwc, class_bhwc], dim=-1)).permute(0, 3, 1, 2)
+                x_bchw = self.readout[level](x_bchw, classes[level])
             out.append(resize(project(x_bchw)))
         return out
 
@@ -348,7 +443,10 @@ def initialise(network: HeightNetwork) -> None:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-    for module in network.decoder.modules():
+    for module in network.modules():
+        if isinstance(module, Readout):  # two halves of one layer, whose fan-in is that of both
+            module.patch.weight.mul_(0.5**0.5)
+            module.token.weight.mul_(0.5**0.5)
         if isinstance(module, ResidualUnit):
             module.conv2.weight.mul_(0.1)
     network.head.conv3.weight.mul_(0.1)

@@ -125,7 +125,7 @@ def test_the_decoder_has_the_published_sizes_of_chmv2():
     config = DINOV3.model_copy(update={"decoder_channels": 256, "head_channels": 128, "bins": Bins(count=256)})
     shapes = {name: tuple(p.shape) for name, p in build(config).named_parameters()}
     assert config.channels() == (128, 256, 512, 1024)
-    assert shapes["reassemble.readout.0.0.weight"] == (48, 96)
+    assert shapes["reassemble.readout.0.patch.weight"] == shapes["reassemble.readout.0.token.weight"] == (48, 48)
     assert shapes["reassemble.resize.0.weight"] == (128, 128, 4, 4)
     assert shapes["reassemble.resize.3.weight"] == (1024, 1024, 3, 3)
     assert shapes["decoder.conv.3.weight"] == (256, 1024, 3, 3)
