@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -427,23 +428,32 @@ def _switch_checkpointing_on(network: HeightNetwork) -> None:
 
 
 def _kept_bytes(network: HeightNetwork) -> int:
-    """Bytes that the backbone keeps of a small window for the backward pass."""
-    kept = 0
+    """Bytes that the backbone keeps of a small window for the backward pass, besides its parameters."""
+    weights = {parameter.data_ptr() for parameter in network.parameters()}
+    alive: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
-    def keep(tensor: Tensor) -> Tensor:
-        nonlocal kept
-        kept += tensor.nbytes
-        return tensor
+    def keep(tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        alive.add(kept)
+        return kept
 
-    weight = next(network.parameters())
-    x_bchw = torch.zeros(1, network.config.in_channels, TOTAL_STRIDE_PX, 2 * TOTAL_STRIDE_PX).to(weight)
+    x_bchw = torch.zeros(1, network.config.in_channels, TOTAL_STRIDE_PX, 2 * TOTAL_STRIDE_PX).to(next(network.parameters()))
     modes = [(module, module.training) for module in network.modules()]
     network.eval()  # neither random numbers nor batch statistics may notice
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        network.backbone(x_bchw)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+        maps = network.backbone(x_bchw)
     for module, training in modes:
         module.training = training
-    return kept
+    storages = [kept.tensor.untyped_storage() for kept in alive]
+    del maps  # up to here it held the graph
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in weights}.values())
+
+
+class _Kept:
+    """A tensor in the graph, for as long as the graph holds it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 # --- how fast ------------------------------------------------------------------------------------------------------------
