@@ -24,8 +24,8 @@ from pydantic import (
 )
 
 from canopy.metrics import CLASS_EDGES_M
+from canopy.model.augmentation import Augmentation
 from canopy.model.calibration import LEAST_PX, SPREAD_FLOOR_M
-from canopy.model.data import Augmentation
 from canopy.model.losses import LossConfig
 from canopy.model.network import NetworkConfig
 from canopy.model.tuning import Tuning
@@ -99,12 +99,16 @@ class Data(_Table):
     hold_out_use: tuple[Literal["calibrate", "score"], ...] = ("score",)
     """What the chips of these sites are for."""
     workers: NonNegativeInt = 0
-    """Loader processes."""
+    """Loader processes of each training process; 0 loads in the training process itself."""
+    cache_mb: NonNegativeInt = 2048
+    """Memory for decoded chips, of all loader processes of a training process together."""
 
 
 class Sampling(_Table):
     """Height categories: shares of the samples drawn from low and from tall chips (Brandt et al. 2026, section 3)."""
 
+    statistic: Literal["p95", "mean"] = "p95"
+    """Of a chip's heights, by which it is low or tall."""
     low_below_m: float = 1.0
     low_share: float = Field(default=0.1, ge=0, le=1)
     tall_above_m: float = 25.0

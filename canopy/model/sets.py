@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from canopy.errors import RecipeError
-from canopy.model.data import ChipDataset, TrainingSet
+from canopy.model.data import ChipDataset, Imagery, TrainingSet
 from canopy.model.package import Contract, Training
 from canopy.model.recipe import TrainingRecipe
 from canopy.tiler.chips import read_index, tile_set_hash
@@ -45,7 +45,8 @@ class DataSets:
 
     def training(self) -> list[TrainingSet]:
         """What trains."""
-        sampling = self.recipe.sampling.model_dump()
+        sampling, model = self.recipe.sampling.model_dump(), self.recipe.model
+        imagery = Imagery(bands=model.bands, value_range=model.value_range, gsd_range_m=model.gsd_range_m)
         return [
             TrainingSet(
                 tile_set=self.paths[k],
@@ -54,6 +55,7 @@ class DataSets:
                 crop_px=s.crop_px,
                 split=s.train,
                 exclude_sites=self._excluded(k, held_out=True),
+                imagery=imagery,
                 **sampling,
             )
             for k, s in enumerate(self.recipe.data.set)
