@@ -149,7 +149,8 @@ class _OverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(_ctx: Any, *gradient: Tensor) -> Tensor:
-        return gradient[0] * torch.distributed.get_world_size()
+        whole: Tensor = gradient[0] * torch.distributed.get_world_size()
+        return whole
 
 
 def over_processes(x: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ def over_processes(x: Tensor) -> Tensor:
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     if alone or torch.distributed.get_world_size() == 1:
         return x
-    summed: Tensor = _OverProcesses.apply(x)  # type: ignore[no-untyped-call]
+    summed: Tensor = _OverProcesses.apply(x)
     return summed
 
 
@@ -168,7 +169,8 @@ def masked_mean(value: Tensor, valid: Tensor) -> Tensor:
     """
     total = torch.where(valid, value, 0.0).sum()
     total, count = over_processes(torch.stack((total, valid.sum().to(total.dtype))))
-    return total / count.clamp(min=1)
+    mean: Tensor = total / count.clamp(min=1)
+    return mean
 
 
 def _at_valid(height_brc: Tensor, valid_brc: Tensor) -> Tensor:

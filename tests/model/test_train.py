@@ -16,7 +16,8 @@ from canopy.errors import OutputError, RecipeError
 from canopy.grid import Box, Lattice
 from canopy.model.package import load_model, read_contract
 from canopy.model.recipe import Optim, read_recipe
-from canopy.model.train import learning_rate_factor, moving_average, train
+from canopy.model.checkpoints import checkpoints, read_checkpoint
+from canopy.model.train import MovingAverage, learning_rate_factor, train
 from canopy.raster import write_raster
 from canopy.tiler.chips import build_tile_set
 
@@ -117,7 +118,12 @@ class StopAt(Callback):
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    """Weights, their average and what the optimiser keeps, after the last step."""
+    last = read_checkpoint(checkpoints(run)[0])
+    state = last["state_dict"] | {f"average.{key}": value for key, value in last["average"]["values"].items()}
+    for number, kept in last["optimizer_states"][0]["state"].items():
+        state |= {f"optimiser.{number}.{key}": value for key, value in kept.items()}
+    return state
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -232,13 +238,29 @@ def test_learning_rate_warms_up_and_falls_to_its_end():
 
 
 def test_moving_average_starts_fast_and_then_keeps_its_decay():
-    average, now = [torch.zeros(1), torch.tensor([0])], [torch.ones(1), torch.tensor([7])]
-    moving_average(0.999)(average, now, 1)
-    assert average[0].item() == pytest.approx(1 - 2 / 11)
-    assert average[1].item() == 7
-    average = [torch.zeros(1)]
-    moving_average(0.9)(average, [torch.ones(1)], 10_000)
-    assert average[0].item() == pytest.approx(0.1)
+    network = torch.nn.BatchNorm1d(1)
+    average = MovingAverage(network, 0.999)
+    with torch.no_grad():
+        for value in (5.0, 1.0):
+            network.weight.fill_(value)
+            network.running_mean.fill_(value)
+            average.update()
+    assert set(average.values) == {"weight", "bias", "running_mean", "running_var"}  # not the count of batches
+    # The first update copies 5; the second takes in 1 - 2/11 of the step to 1.
+    assert average.values["weight"].item() == pytest.approx(5 - 4 * (1 - 2 / 11))
+    assert average.values["running_mean"].item() == pytest.approx(5 - 4 * (1 - 2 / 11))
+    average = MovingAverage(network, 0.9)
+    average.updates = 10_000
+    with torch.no_grad():
+        network.weight.fill_(2.0)
+    average.update()
+    assert average.values["weight"].item() == pytest.approx(1.1)
+
+
+def test_moving_average_is_of_what_learns():
+    network = torch.nn.Linear(2, 2)
+    network.bias.requires_grad_(False)
+    assert set(MovingAverage(network, 0.9).values) == {"weight"}
 
 
 @pytest.mark.parametrize(
