@@ -227,6 +227,9 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Run folder of a stopped run of the same recipe.")] = None,
     hold_out: Annotated[list[str] | None, typer.Option(help="A site to keep out of training; may be repeated.")] = None,
     *,
+    resume_if_any: Annotated[
+        bool, typer.Option("--resume-if-any", help="Go on with the run that is there, or begin it: for job scripts.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -234,9 +237,14 @@ def train(
 
     Example: canopy train models/recipes/sample.toml
     """
+    from canopy.model.processes import rank
     from canopy.model.train import train as run_training
 
-    folder = run_training(recipe, out=out, resume=resume, hold_out=hold_out or (), overwrite=overwrite)
+    folder = run_training(
+        recipe, out=out, resume=resume, resume_if_any=resume_if_any, hold_out=hold_out or (), overwrite=overwrite
+    )
+    if rank() != 0:
+        return  # one process writes the model and says so
     if as_json:
         _print_json({"model": str(folder)})
         return
@@ -347,19 +355,33 @@ def map_(
 
 @models_app.command("list")
 def models_list(*, as_json: Json = False) -> None:
-    """List the models in ./models and in the source checkout.
+    """List the models in ./models and in the source checkout, and the published weights that can be had.
 
     Example: canopy models list
     """
     from canopy.model.package import known_models, read_contract
+    from canopy.model.pull import read_sources
 
     rows = [(folder, read_contract(folder)) for folder in known_models()]
+    sources = read_sources()
     if as_json:
-        _print_json([{"folder": str(f), "name": c.name, "version": c.version, "licence": c.licence} for f, c in rows])
+        _print_json({
+            "models": [
+                {"folder": str(f), "name": c.name, "version": c.version, "licence": c.licence, "gsd_range_m": c.gsd_range_m}
+                for f, c in rows
+            ],
+            "published": [
+                {"name": name, "title": each.title, "licence": each.licence, "open": not each.steps}
+                for name, each in sources.items()
+            ],
+        })  # fmt: skip
         return
     for folder, contract in rows:
         low, high = contract.gsd_range_m
         typer.echo(f"{contract.name} {contract.version}  {low:g}-{high:g} m  {contract.licence}  {folder}")
+    typer.echo("published weights, for canopy models pull:")
+    for name, each in sources.items():
+        typer.echo(f"  {name}  {each.licence}{'  (on request)' if each.steps else ''}  {each.title}")
 
 
 @models_app.command("show")
@@ -376,6 +398,97 @@ def models_show(model: Annotated[str, typer.Argument(help="Model folder or name.
         _print_json(contract.model_dump(mode="json"))
         return
     typer.echo((folder / CARD).read_text())
+
+
+@models_app.command("verify")
+def models_verify(
+    model: Annotated[str, typer.Argument(help="Model folder or name.")],
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")] = "cpu",
+    *,
+    as_json: Json = False,
+) -> None:
+    """Check that a model is whole and unaltered, and that it computes here what it computed where it was made.
+
+    Example: canopy models verify canopy-sample
+    """
+    from canopy.model.package import find_model
+    from canopy.model.verify import verify_model
+
+    report = verify_model(find_model(model), device=device)
+    if as_json:
+        _print_json(report.as_json())
+        return
+    for line in report.as_text():
+        typer.echo(line)
+
+
+@models_app.command("import")
+def models_import(
+    kind: Annotated[str, typer.Argument(help="Whose weights: chmv2 or chmv1.")],
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            help="chmv2: folder with the authors' two files, or of a Hugging Face checkpoint. chmv1: checkpoint file."
+        ),
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
+    backbone: Annotated[Path | None, typer.Option(help="chmv2: the authors' backbone file, with --head, for PATH.")] = None,
+    head: Annotated[Path | None, typer.Option(help="chmv2: the authors' DPT head file, with --backbone.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model; default: that of its folder.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Make a model folder of published weights that you have on disk.
+
+    Example: canopy models import chmv2 downloads/chmv2 --out models/chmv2
+    """
+    from canopy.model.foreign import import_model
+
+    files = [file for file in (backbone, head) if file is not None]
+    if path is not None and files:
+        raise CanopyError(
+            f"{path} and --{'backbone' if backbone else 'head'} are both given; give a folder or the two files"
+        )
+    if len(files) == 1:
+        raise CanopyError(f"--{'backbone' if backbone else 'head'} is given alone; give both --backbone and --head")
+    if path is None and not files:
+        raise CanopyError("nothing to import is given; give a PATH, or --backbone and --head")
+    folder = import_model(kind, path if path is not None else files, out, name=name, overwrite=overwrite, say=_say)
+    if as_json:
+        _print_json({"model": str(folder)})
+        return
+    typer.echo(f"{folder}: canopy models verify {folder} checks it, canopy models show {folder} tells what it is")
+
+
+@models_app.command("pull")
+def models_pull(
+    name: Annotated[str, typer.Argument(help="A name of canopy models list, or of a pretrained timm backbone to train on.")],
+    out: Annotated[Path | None, typer.Option(help="Model folder to write; default: models/NAME.")] = None,
+    *,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the downloaded files in OUT.download.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Download published weights and make a model folder of them; where a person has to ask for them, say how.
+
+    A download that was stopped goes on where it was. Example: canopy models pull chmv1-huge
+    """
+    from canopy.model.pull import is_backbone, pull_backbone, pull_model
+
+    if is_backbone(name):
+        parameters = pull_backbone(name, say=_say)
+        if as_json:
+            _print_json({"backbone": name, "parameters": parameters})
+            return
+        typer.echo(f"{name}: {parameters:,} parameters are in timm's cache; a recipe takes them with pretrained = true")
+        return
+    with _progress("MiB") as progress:
+        folder = pull_model(name, out, overwrite=overwrite, keep=keep, say=_say, progress=progress)
+    if as_json:
+        _print_json({"model": str(folder)})
+        return
+    typer.echo(f"{folder}: canopy models verify {folder} checks it, canopy models show {folder} tells what it is")
 
 
 # --- lines and bars ------------------------------------------------------------------------------------------------------
