@@ -108,6 +108,9 @@ def map_region(
     bands: Sequence[Band] | None = None,
     sheet_px: int = SHEET_PX,
     device: str = "cpu",
+    precision: str = "float32",
+    compile: bool = False,  # noqa: A002 - torch's word for it
+    batch: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> MapResult:
@@ -127,6 +130,9 @@ def map_region(
             where the imagery has such, else all but a mask.
         sheet_px: Side of the sheets that the region is cut into; does not change a pixel.
         device: torch device.
+        precision: What the network computes in: float32, or on a GPU float16 or bfloat16 (see `load_model`).
+        compile: Have torch compile the network first: minutes once, for large regions.
+        batch: Windows in one forward pass on a GPU; default 8.
         overwrite: Replace the results of an earlier run in `out`, once the new ones are whole.
         progress: Called with (windows done, windows in all).
 
@@ -137,17 +143,19 @@ def map_region(
         CanopyError: bad input; nothing is left in `out` that was not there before.
     """
     from canopy.model.package import find_model, load_model
+    from canopy.mosaicker.predict import windows_at_once
 
     started, clock = datetime.now(UTC), time.perf_counter()
     source = imagery_source(imagery)
     _check_device(device)
-    height_model = load_model(find_model(model), device=device)
+    count = windows_at_once(device.partition(":")[0], batch)
+    height_model = load_model(find_model(model), device=device, precision=precision, compile=compile)
     loaded_s = time.perf_counter() - clock
     plan = _plan(aoi, source, height_model.contract, gsd_m=gsd_m, crs=crs, bands=bands, sheet_px=sheet_px)
     out = Path(out)
     with _work_folder(out, overwrite=overwrite, need_bytes=BYTES_PER_PIXEL * math.prod(plan.box.shape)) as work:
-        staged, stages = _run_sheets(plan, height_model, work, progress)
-        tags = _tags(plan, height_model.contract)
+        staged, stages = _run_sheets(plan, height_model, work, progress, batch=count)
+        tags = _tags(plan, height_model)
         with stages.time("publish"), ThreadPoolExecutor(max_workers=2, thread_name_prefix="publish") as publishers:
             # GDAL compresses on all cores but reads, averages and counts on one, so the two files keep two cores busy.
             jobs = [
@@ -166,7 +174,7 @@ def map_region(
                 job.result()
         stages.seconds = {"load model": loaded_s, **stages.seconds}
         wall_s = time.perf_counter() - clock
-        record = _record(plan, height_model, stages, tags, started=started, wall_s=wall_s)
+        record = _record(plan, height_model, stages, tags, batch=count, started=started, wall_s=wall_s)
         try:
             (work / "run.json").write_text(json.dumps(record, indent=2) + "\n")
             for name in _RESULTS:
@@ -253,7 +261,9 @@ def _crs(text: CRS | str) -> CRS:
 # --- running -------------------------------------------------------------------------------------------------------------
 
 
-def _run_sheets(plan: _Plan, model: HeightModel, work: Path, progress: Progress | None) -> tuple[list[StagedSheet], Stages]:
+def _run_sheets(
+    plan: _Plan, model: HeightModel, work: Path, progress: Progress | None, *, batch: int
+) -> tuple[list[StagedSheet], Stages]:
     from canopy.mosaicker.predict import Stages
 
     stages = Stages()
@@ -272,7 +282,9 @@ def _run_sheets(plan: _Plan, model: HeightModel, work: Path, progress: Progress 
     has_height = False
     with plan.source.open(plan.lattice, plan.bands) as source:
         for sheet in plan.sheets:
-            part, found = _run_sheet(plan, sheet, model=model, source=source, work=work, stages=stages, advance=advance)
+            part, found = _run_sheet(
+                plan, sheet, model=model, source=source, work=work, stages=stages, advance=advance, batch=batch
+            )
             staged.append(part)
             has_height = has_height or found
     if not has_height:
@@ -291,6 +303,7 @@ def _run_sheet(
     work: Path,
     stages: Stages,
     advance: Callable[[int], None],
+    batch: int,
 ) -> tuple[StagedSheet, bool]:
     """Predict one sheet into its staged files; whether it has any height."""
     from canopy.model.calibration import interval
@@ -306,7 +319,9 @@ def _run_sheet(
         staged, writer = stack.enter_context(stage_sheet(work, plan.lattice, sheet))
         # Closed before the image is: an error while writing must not leave the reader thread on a closed file.
         predictions = stack.enter_context(
-            closing(predict_sheet(model, source, plan.layout, sheet, wanted=wanted, stages=stages, advance=advance))
+            closing(
+                predict_sheet(model, source, plan.layout, sheet, wanted=wanted, stages=stages, advance=advance, batch=batch)
+            )
         )
         for prediction in predictions:
             strip = prediction.strip
@@ -371,8 +386,9 @@ def _work_folder(out: Path, *, overwrite: bool, need_bytes: int) -> Any:
 # --- what the run says about itself ----------------------------------------------------------------------------------------
 
 
-def _tags(plan: _Plan, contract: Contract) -> dict[str, str]:
+def _tags(plan: _Plan, model: HeightModel) -> dict[str, str]:
     """Tags of both files: what the numbers mean and what they come from. No dates: the same run gives the same bytes."""
+    contract = model.contract
     calibration, scenes = contract.calibration, len(plan.source.record())
     if calibration is None:
         promise = f"uncalibrated: {GAUSSIAN_90:g} times the model's spread, coverage not measured"
@@ -385,6 +401,7 @@ def _tags(plan: _Plan, contract: Contract) -> dict[str, str]:
         "CANOPY_VERSION": __version__,
         "CANOPY_MODEL": f"{contract.name} {contract.version}",
         "CANOPY_MODEL_SHA256": contract.weights_sha256,
+        "CANOPY_PRECISION": model.precision,
         "CANOPY_CALIBRATION": promise,
         "CANOPY_IMAGERY": Path(plan.info.source).name + (f", {scenes} files or items" if scenes > 1 else ""),
         "CANOPY_IMAGERY_RESAMPLING": plan.resampled,
@@ -393,7 +410,14 @@ def _tags(plan: _Plan, contract: Contract) -> dict[str, str]:
 
 
 def _record(
-    plan: _Plan, model: HeightModel, stages: Stages, tags: dict[str, str], *, started: datetime, wall_s: float
+    plan: _Plan,
+    model: HeightModel,
+    stages: Stages,
+    tags: dict[str, str],
+    *,
+    batch: int,
+    started: datetime,
+    wall_s: float,
 ) -> dict[str, Any]:
     import rasterio
     import torch
@@ -427,7 +451,8 @@ def _record(
             "km2_per_h": round(area_km2 / wall_s * 3600, 3),
         },
         "machine": {
-            "device": str(model.device), "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "device": str(model.device), "precision": model.precision, "compiled": model.compiled is not None,
+            "batch": batch, "threads": torch.get_num_threads(), "python": platform.python_version(),
             "torch": torch.__version__, "rasterio": rasterio.__version__, "gdal": rasterio.__gdal_version__,
         },
     }  # fmt: skip

@@ -491,3 +491,14 @@ def test_what_the_run_says_about_itself(whole):
     assert record["time"]["bound_by"] in record["time"]["stages_s"]
     assert sum(record["time"]["stages_s"].values()) <= record["time"]["wall_s"] * 1.01
     assert record["model"]["calibration"].startswith("uncalibrated")
+    assert record["machine"] | {"precision": "float32", "compiled": False, "batch": 1} == record["machine"]
+    for path in (whole.height, whole.error):
+        with open_raster(path) as raster:
+            assert raster.tags()["CANOPY_PRECISION"] == "float32"
+
+
+def test_what_a_device_cannot_do_is_refused_before_anything_is_written(image, tiny_model, tmp_path):
+    for options, message in (({"precision": "bfloat16"}, "bfloat16 is for GPUs"), ({"batch": 4}, "must be 1 on a CPU")):
+        with pytest.raises(ContractError, match=message):
+            map_region(imagery=image, model=tiny_model, out=tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()

@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import re
 import shutil
 import tomllib
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 import tomli_w
@@ -29,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 import canopy
 from canopy.errors import CanopyError, ContractError, OutputError
@@ -47,6 +49,25 @@ Why 1 cm: another processor or another release of torch rounds differently, whic
 float32; a wrong, missing or misplaced weight moves them by decimetres. 1 cm is a third of the 1/32 m that maps are
 rounded to.
 """
+
+Precision = Literal["float32", "float16", "bfloat16"]
+"""What a network computes in; its heights and spreads are summed in float32 either way.
+
+Why float32 is the default on every device: a map is then the same whatever made it, to the last millimetres. Why the others
+are for GPUs only: rounding may cost 0.05 m. On a CPU with matrix units for bfloat16 a forward pass takes 0.36 to 0.76 of the
+time in it and moves heights by up to 0.9 m (a hundredth of the pixels by more than 0.17 m), float16 saves nothing, and 8-bit
+linear layers save a third at most and move heights by 1 m. Measured by `tests/bench/bench_network.py`.
+"""
+
+PRECISION_TOLERANCE_M: dict[Precision, float] = {"float32": FIXTURE_TOLERANCE_M, "float16": 0.05, "bfloat16": 0.4}
+"""How far the fixture may be off in each precision before the model is refused in it.
+
+float16 keeps 11 binary digits, which costs centimetres of height; bfloat16 keeps 8, so eight times that. What this finds is
+the model whose values do not fit: float16 ends at 65504, and beyond it heights are NaN.
+"""
+
+_WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What distributed training, checkpointing and torch.compile put before, or into, the names of a network's tensors."""
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -187,6 +208,10 @@ class HeightModel:
     network: HeightNetwork
     """In evaluation mode, on `device`."""
     device: torch.device
+    precision: Precision = "float32"
+    """What the network's parameters and activations are."""
+    compiled: _Compiled | None = None
+    """What runs instead of `network`; None: the network itself does."""
 
     def predict(
         self, image_bchw: Tensor | NDArray[Any], valid_bhw: Tensor | NDArray[np.bool_] | None = None
@@ -194,8 +219,9 @@ class HeightModel:
         """Height distribution of every pixel.
 
         Normalisation happens on the device, so only the image's own bytes travel there. Unusable pixels are filled with
-        the normalisation mean; the heights there are the network's guess and must be masked by the caller. Autocast
-        around this call applies to the network; the distribution computes in float32.
+        the normalisation mean; the heights there are the network's guess and must be masked by the caller. The network
+        computes in the model's `precision` whatever autocast or TF32 is switched on around the call, the distribution in
+        float32.
 
         On a CPU the result for an image does not depend on its position in the batch or on the other images, bit for
         bit, as long as the shape of the batch stays the same: kernels are chosen by shape.
@@ -207,6 +233,7 @@ class HeightModel:
         Raises:
             ContractError: wrong number of bands, a side that is not a multiple of 32 px, or a usable pixel that is NaN
                 or outside the contract's value range.
+            CanopyError: the device has not enough memory, or the network cannot be compiled.
         """
         image = torch.as_tensor(image_bchw)
         assert image.ndim == 4, f"image has {image.ndim} axes, (batch, band, row, col) expected"
@@ -219,11 +246,35 @@ class HeightModel:
         assert valid is None or (valid.dtype == torch.bool and valid.shape == (image.shape[0], *image.shape[2:])), (
             f"valid must be bool (batch, row, col) of an image {tuple(image.shape)}"
         )
-        with torch.inference_mode():
+        run = self.network if self.compiled is None else self.compiled
+        with torch.inference_mode(), _exact(self.device), self._within_memory(image):
             self._check_values(image, valid)
             x_bchw = normalise(image.to(self.device), None if valid is None else valid.to(self.device), self.contract)
-            logits_bnhw = self.network(x_bchw)
-        return HeightDistribution.from_logits(logits_bnhw, self.network.config.bins, self.network.config.normalisation)
+            logits_bnhw = run(x_bchw.to(getattr(torch, self.precision)))
+            heights = HeightDistribution.from_logits(
+                logits_bnhw, self.network.config.bins, self.network.config.normalisation
+            )
+            _ = heights.mean_m  # now, where a lack of memory is told
+        return heights
+
+    @contextlib.contextmanager
+    def _within_memory(self, image_bchw: Tensor) -> Iterator[None]:
+        count, _, rows, cols = image_bchw.shape
+        try:
+            yield
+        except RuntimeError as error:
+            if not _lacks_memory(error):
+                raise
+            if count > 1:
+                remedy = f"take fewer at once (--batch {count // 2})"
+            elif self.device.type == "cpu":
+                remedy = "close other programs, or choose a smaller model"
+            else:
+                remedy = "run with --precision float16 or --device cpu, or choose a smaller model"
+            raise CanopyError(
+                f"{self.device} has not enough memory for {count} window{'s' * (count > 1)} of {rows} x {cols} px "
+                f"through {self.contract.name} in {self.precision}; {remedy}"
+            ) from error
 
     def _check_values(self, image_bchw: Tensor, valid_bhw: Tensor | None) -> None:
         low, high = self.contract.value_range
@@ -241,6 +292,65 @@ class HeightModel:
                 f"a usable pixel has the value {values[bad][0].item():g}, outside the {low:g} to {high:g} of "
                 f"{self.contract.name}; rescale the imagery as the model's training imagery was, or mask the pixel"
             )
+
+
+@dataclass(slots=True, eq=False)
+class _Compiled:
+    """A network that torch compiles for each shape it meets, checked on the first image of that shape.
+
+    Why checked: a compiler is another program that computes the same, and nothing else would notice if it does not.
+    """
+
+    network: HeightNetwork
+    tolerance_m: float
+    run: Any = field(init=False)
+    checked: set[torch.Size] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.run = torch.compile(self.network, dynamic=False)  # a fixed shape: that of the model's windows
+
+    def __call__(self, x_bchw: Tensor) -> Tensor:
+        """Logits of `x_bchw`."""
+        try:
+            logits_bnhw: Tensor = self.run(x_bchw)
+        except TorchDynamoException as error:
+            reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
+            raise CanopyError(f"the network cannot be compiled here ({reason}); run without --compile") from error
+        if x_bchw.shape not in self.checked:
+            self._check(x_bchw, logits_bnhw)
+            self.checked.add(x_bchw.shape)
+        return logits_bnhw
+
+    def _check(self, x_bchw: Tensor, logits_bnhw: Tensor) -> None:
+        config = self.network.config
+        ours, plain = (
+            HeightDistribution.from_logits(logits, config.bins, config.normalisation)
+            for logits in (logits_bnhw, self.network(x_bchw))
+        )
+        # NaN where both are NaN is no difference: the image may hold a pixel that no precision can tell the height of.
+        off_m = (ours.mean_m - plain.mean_m).nan_to_num(0.0).abs().max().item()
+        if not off_m <= self.tolerance_m or not torch.equal(ours.mean_m.isnan(), plain.mean_m.isnan()):
+            raise CanopyError(
+                f"the compiled network is up to {off_m:.3g} m off the plain one, more than {self.tolerance_m} m; "
+                f"run without --compile, or update torch"
+            )
+
+
+@contextlib.contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """No autocast, no TF32, the same convolution algorithm each time: what decides the numbers is the model alone."""
+    cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee")
+    with cudnn, torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    # A CPU allocator has no class for it.
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )
 
 
 def normalise(image_bchw: Tensor, valid_bhw: Tensor | None, contract: Contract) -> Tensor:
@@ -296,6 +406,11 @@ def save_model(
     with _staged(folder) as stage:
         storage = torch.float16 if contract.weights_dtype == "float16" else torch.float32
         state = {key: _stored(value, storage) for key, value in network.state_dict().items()}
+        _check_finite(
+            folder / WEIGHTS,
+            state,
+            f"training diverged, or {contract.weights_dtype} does not hold them; nothing was written",
+        )
         save_file(state, stage / WEIGHTS)
         contract = contract.model_copy(
             update={"weights_sha256": _sha256(stage / WEIGHTS), "canopy_version": canopy.__version__}
@@ -385,16 +500,61 @@ def read_contract(folder: Path | str) -> Contract:
     return contract
 
 
-def load_model(folder: Path | str, device: torch.device | str = "cpu") -> HeightModel:
+def load_model(
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    *,
+    precision: str = "float32",
+    compile: bool = False,  # noqa: A002 - torch's word for it
+) -> HeightModel:
     """A model ready to predict, after checking that the folder is complete, unaltered, and computes its fixture.
 
+    Args:
+        folder: the model's folder.
+        device: where it will run.
+        precision: what the network computes in, a `Precision`. float32 on every device; float16 and bfloat16 on GPUs,
+            where float16 is as fast and eight times finer. The fixture has to come out in it too.
+        compile: have torch compile the network for the shape of the images: minutes once, then a few to 25 % less time on
+            a CPU. For many windows of one size.
+
     Raises:
-        ContractError: anything in the folder is missing, altered or inconsistent; one line with the file and the remedy.
+        ContractError: anything in the folder is missing, altered or inconsistent, or the model does not work in this
+            precision on this device; one line with the file and the remedy.
+        CanopyError: the device has not enough memory.
     """
-    folder = Path(folder)
-    model = _load_unchecked(folder, torch.device(device))
+    folder, device = Path(folder), torch.device(device)
+    chosen = _usable_precision(precision, device)
+    model = _load_unchecked(folder, device)
     _check_fixture(folder / FIXTURE, model)
-    return model
+    if chosen != "float32":
+        model = _converted(model, chosen)
+        _check_fixture(folder / FIXTURE, model)
+    if not compile:
+        return model
+    return replace(model, compiled=_Compiled(network=model.network, tolerance_m=PRECISION_TOLERANCE_M[chosen]))
+
+
+def _usable_precision(precision: str, device: torch.device) -> Precision:
+    """`precision`, after refusing what is unknown or does not fit the device."""
+    if precision not in get_args(Precision):
+        raise ContractError(f"precision {precision!r} is unknown; choose {', '.join(get_args(Precision))}")
+    if device.type == "cpu" and precision != "float32":
+        raise ContractError(
+            f"precision {precision} is for GPUs: on a CPU heights would move by more than 0.05 m or nothing be saved; "
+            f"choose float32, or another device"
+        )
+    if device.type == "cuda" and precision == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ContractError(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16; choose float16 or float32")
+    return cast("Precision", precision)
+
+
+def _converted(model: HeightModel, precision: Precision) -> HeightModel:
+    """The model with parameters in `precision`, for half the memory; autocast would convert them in every call.
+
+    The network itself is changed.
+    """
+    network = model.network.to(getattr(torch, precision))
+    return replace(model, network=network, precision=precision)
 
 
 def _load_unchecked(folder: Path, device: torch.device) -> HeightModel:
@@ -413,13 +573,28 @@ def _load_unchecked(folder: Path, device: torch.device) -> HeightModel:
     except CanopyError as error:
         raise ContractError(f"{folder / CONTRACT}: {error}") from error
     stored = _read_tensors(path)
-    _check_tensors(path, stored, network.state_dict())
+    _check_tensors(path, stored, network.state_dict(), contract.weights_dtype)
     network.load_state_dict(stored, strict=True)  # casts half-precision storage to float32
-    return HeightModel(contract=contract, network=network.eval().to(device), device=device)
+    try:
+        network = network.eval().to(device)
+    except RuntimeError as error:
+        if not _lacks_memory(error):
+            raise
+        raise CanopyError(
+            f"{device} has not enough memory for {contract.name}; choose a smaller model, or --device cpu"
+        ) from error
+    return HeightModel(contract=contract, network=network, device=device)
 
 
-def _check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], storage: str) -> None:
     remedy = f"the weights are not those of the network in {CONTRACT}; restore both files from one model"
+    bare = {_WRAPPERS.sub("", name): name for name in stored}
+    if bare.keys() == wanted.keys() != stored.keys():
+        name = next(name for short, name in bare.items() if short != name)
+        raise ContractError(
+            f"{path} has tensors named as inside a wrapper ({name}); store the state of the network itself, as "
+            f"it is before torch.compile and distributed training wrap it"
+        )
     for what, names in (("lacks", wanted.keys() - stored.keys()), ("has the unknown", stored.keys() - wanted.keys())):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -429,6 +604,16 @@ def _check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str
             raise ContractError(
                 f"{path}: tensor {name} has shape {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}: {remedy}"
             )
+        dtype = getattr(torch, storage) if wanted[name].is_floating_point() else wanted[name].dtype
+        if tensor.dtype != dtype:
+            raise ContractError(f"{path}: tensor {name} is {tensor.dtype}, not the {dtype} of {CONTRACT}: {remedy}")
+    _check_finite(path, stored, "the model cannot work; fetch it again, or train it again from before it diverged")
+
+
+def _check_finite(path: Path, stored: Mapping[str, Tensor], remedy: str) -> None:
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ContractError(f"{path}: tensor {name} holds NaN or infinite values: {remedy}")
 
 
 def _check_fixture(path: Path, model: HeightModel) -> None:
@@ -436,18 +621,22 @@ def _check_fixture(path: Path, model: HeightModel) -> None:
     fixture = _read_tensors(path)
     if fixture.keys() != {"image", "mean_m", "spread_m"}:
         raise ContractError(f"{path} holds {sorted(fixture)}, not image, mean_m and spread_m; fetch the model again")
-    # The recorded values are plain float32; TF32 convolutions alone are off by more than the tolerance.
-    with torch.backends.cudnn.flags(allow_tf32=False), torch.autocast(model.device.type, enabled=False):
-        heights = model.predict(fixture["image"])
-        computed = {"mean_m": heights.mean_m.cpu(), "spread_m": heights.spread_m.cpu()}
+    heights = model.predict(fixture["image"])
+    computed = {"mean_m": heights.mean_m.cpu(), "spread_m": heights.spread_m.cpu()}
+    tolerance_m = PRECISION_TOLERANCE_M[model.precision]
+    remedy = (
+        "the weights or the libraries do not compute what the model was; fetch the model again, or update timm"
+        if model.precision == "float32"
+        else "the network does not fit this precision; choose another --precision"
+    )
     for name, values in computed.items():
         if fixture[name].shape != values.shape:
             raise ContractError(f"{path}: {name} has another shape than the image; fetch the model again")
         off_m = (values - fixture[name]).abs().max().item()
-        if not off_m <= FIXTURE_TOLERANCE_M:
+        if not off_m <= tolerance_m:
             raise ContractError(
-                f"{path}: {name} comes out {off_m:.3g} m from the recorded value, more than {FIXTURE_TOLERANCE_M} m: the "
-                f"weights or the libraries do not compute what the model was; fetch the model again, or update timm"
+                f"{path}: {name} comes out {off_m:.3g} m from the recorded value in {model.precision}, "
+                f"more than {tolerance_m} m: {remedy}"
             )
 
 

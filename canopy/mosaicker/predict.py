@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from canopy.errors import ContractError
 from canopy.grid import Box, Layout
 from canopy.model.package import HeightModel
 from canopy.mosaicker.blend import Blend, Strip
@@ -24,7 +25,25 @@ from canopy.raster import Pixels
 from canopy.tiler.imagery import Imagery
 
 GPU_BATCH = 8
-"""Windows in one forward pass on an accelerator; a fixed shape, the last batch of a row is filled up."""
+"""Windows in one forward pass on an accelerator, unless told otherwise; a fixed shape, a row's last batch is filled up."""
+
+
+def windows_at_once(device_type: str, batch: int | None) -> int:
+    """Windows in one forward pass: `batch`, or by default 1 on a CPU and `GPU_BATCH` elsewhere.
+
+    Raises:
+        ContractError: below 1, or above 1 on a CPU, where a window's heights would depend on its place in the batch.
+    """
+    if batch is None:
+        return 1 if device_type == "cpu" else GPU_BATCH
+    if batch < 1 or (batch > 1 and device_type == "cpu"):
+        limit = (
+            "must be 1 on a CPU, where heights would change with a window's place in the batch"
+            if batch > 1
+            else "is below 1"
+        )
+        raise ContractError(f"batch {batch} {limit}; leave it out, or give a number of windows for a GPU")
+    return batch
 
 
 @dataclass(slots=True)
@@ -63,6 +82,7 @@ def predict_sheet(
     wanted: Callable[[Box], NDArray[np.bool_]],
     stages: Stages,
     advance: Callable[[int], None],
+    batch: int | None = None,
 ) -> Generator[Prediction, None, None]:
     """Heights and spreads of `box`, from the top, in strips.
 
@@ -75,12 +95,13 @@ def predict_sheet(
             pixel are not run.
         stages: Times are added to "read wait", "forward" and "blend".
         advance: Called with the number of windows done, run or not.
+        batch: See `windows_at_once`.
     """
     rows = layout.windows_over(box.row0, box.row1)
     cols = layout.windows_over(box.col0, box.col1)
     col0, col1 = layout.window_span(cols[0])[0], layout.window_span(cols[-1])[1]
     blend = Blend(layout, box)
-    batch = 1 if model.device.type == "cpu" else GPU_BATCH
+    count = windows_at_once(model.device.type, batch)
     band = _Band(imagery, col0, col1)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as reader:
         ahead: Future[Pixels] = reader.submit(band.read, *layout.window_span(rows[0]))
@@ -97,10 +118,10 @@ def predict_sheet(
             place = part.slices_in(strip_box)
             usable[place] = pixels.valid[place] & wanted(part)
             due = [col for col in cols if usable[_support(layout, row, col, box).slices_in(strip_box)].any()]
-            for start in range(0, len(due), batch):
+            for start in range(0, len(due), count):
                 _run(
-                    model, layout, blend, row, due[start : start + batch],
-                    batch=batch, strip_box=strip_box, pixels=pixels, stages=stages,
+                    model, layout, blend, row, due[start : start + count],
+                    batch=count, strip_box=strip_box, pixels=pixels, stages=stages,
                 )  # fmt: skip
             advance(len(cols))
             with stages.time("blend"):

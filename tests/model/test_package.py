@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import tomllib
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 import canopy
-from canopy.errors import ContractError, OutputError
+from canopy.errors import CanopyError, ContractError, OutputError
 from canopy.model.calibration import CalibrationTable
 from canopy.model.distribution import Bins
 from canopy.model.network import HeightNetwork, NetworkConfig
 from canopy.model.package import (
     FILES,
+    PRECISION_TOLERANCE_M,
     Contract,
     Training,
     find_model,
@@ -195,6 +197,130 @@ def test_images_of_another_shape_are_refused(saved, shape, message):
         load_model(saved).predict(torch.zeros(shape, dtype=torch.uint8))
 
 
+# --- precision, compilation, memory --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def any_device(monkeypatch):
+    """Reduced precision on the CPU too: slow or off there, and the same code as on a GPU."""
+    monkeypatch.setattr("canopy.model.package._usable_precision", lambda precision, _: precision)
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ("int8", "precision 'int8' is unknown; choose float32, float16, bfloat16"),
+        ("bfloat16", "bfloat16 is for GPUs: .* choose float32"),
+        ("float16", "float16 is for GPUs: .* choose float32"),
+    ],
+)
+def test_a_precision_the_device_does_not_gain_from_is_refused(saved, precision, message):
+    assert load_model(saved, precision="float32").precision == "float32"
+    with pytest.raises(ContractError, match=message) as caught:
+        load_model(saved, precision=precision)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_heights_in_reduced_precision_are_near_and_their_distribution_is_float32(saved, precision):
+    full, model, image = load_model(saved), load_model(saved, precision=precision), random_image(2, 3, 64, 96)
+    assert {p.dtype for p in model.network.parameters()} == {getattr(torch, precision)}
+    assert {p.dtype for p in full.network.parameters()} == {torch.float32}, "another model, not the same one changed"
+    expected, got = full.predict(image), model.predict(image)
+    assert got.logits_bnhw.dtype == getattr(torch, precision)
+    assert got.mean_m.dtype == got.spread_m.dtype == torch.float32
+    for name in ("mean_m", "spread_m"):
+        off_m = (getattr(got, name) - getattr(expected, name)).abs().max().item()
+        assert 0 < off_m < PRECISION_TOLERANCE_M[precision], f"{name}: {off_m} m; 0 would be float32 after all"
+
+
+@pytest.mark.usefixtures("any_device")
+def test_a_model_too_large_for_float16_is_refused_in_it_and_works_in_bfloat16(tmp_path):
+    network = build()
+    with torch.no_grad():  # 2**20 in the middle of the head and out again changes nothing that float32 or bfloat16 can see
+        for part in (network.head.conv1.weight, network.head.conv1.bias):
+            part.mul_(2.0**20)
+        network.head.conv2.weight.mul_(2.0**-20)
+    folder = save_model(
+        tmp_path / "m", network=network, contract=Contract(**FIELDS), card="", fixture_image=random_image(3, 64, 64)
+    )
+    load_model(folder, precision="bfloat16")
+    with pytest.raises(
+        ContractError, match=r"comes out nan m .* in float16, more than 0\.05 m: .* choose another --precision"
+    ):
+        load_model(folder, precision="float16")
+
+
+def test_autocast_around_a_prediction_changes_nothing(saved):
+    model, image = load_model(saved), random_image(1, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = model.predict(image)
+        loosely = model.network(normalise(image, None, model.contract))
+    assert torch.equal(inside.mean_m, model.predict(image).mean_m)
+    assert loosely.dtype == torch.bfloat16, "the control: autocast does reach a bare network"
+
+
+@pytest.mark.slow
+def test_a_compiled_model_predicts_what_the_plain_one_does(saved):
+    plain, model, image = load_model(saved), load_model(saved, compile=True), random_image(1, 3, 64, 64)
+    for name in ("mean_m", "spread_m"):
+        assert torch.allclose(getattr(model.predict(image), name), getattr(plain.predict(image), name), atol=1e-3, rtol=0)
+    assert model.network.state_dict().keys() == plain.network.state_dict().keys()
+
+
+def test_what_the_compiler_makes_is_checked_on_each_new_shape(saved):
+    model, image = load_model(saved, compile=True), random_image(1, 3, 64, 64)
+    model.compiled.run = model.network  # instead of half a minute of compiling
+    model.predict(image)
+    model.compiled.run = lambda x_bchw: model.network(x_bchw).roll(1, dims=1)
+    model.predict(image)  # this shape has been checked
+    with pytest.raises(CanopyError, match=r"compiled network is up to .* off the plain one, more than 0\.01 m; run without"):
+        model.predict(random_image(1, 3, 64, 96))
+    model.compiled.run = lambda x_bchw: model.network(x_bchw) * float("nan")
+    with pytest.raises(CanopyError, match="run without --compile"):
+        model.predict(random_image(1, 3, 96, 96))
+
+
+def test_a_compiler_that_fails_is_one_line(saved):
+    def fails(_):
+        raise torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("no C++ compiler\nfound"), None)
+
+    model = load_model(saved, compile=True)
+    model.compiled.run = fails
+    with pytest.raises(CanopyError, match=r"cannot be compiled here .*no C.. compiler.*; run without --compile") as caught:
+        model.predict(random_image(1, 3, 64, 64))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_beyond_memory_is_one_line_with_the_remedy(saved):
+    image = torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(1, 3, 640_000, 640_000)
+    with pytest.raises(CanopyError, match=r"cpu has not enough memory for 1 window of 640000 x 640000 px .* smaller model"):
+        load_model(saved).predict(image)
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "remedy"),
+    [(8, "cuda", "--batch 4"), (1, "cuda", "--precision float16 or --device cpu"), (2, "cpu", "--batch 1")],
+)
+def test_a_device_without_memory_for_the_network_names_what_helps(saved, count, device, remedy):
+    model = replace(load_model(saved), device=torch.device(device))
+    message = f"{device} has not enough memory for {count} window.* in float32; .*{remedy}"
+    with pytest.raises(CanopyError, match=message) as caught, model._within_memory(random_image(count, 3, 64, 64)):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+    assert "\n" not in str(caught.value)
+
+
+def test_another_error_of_the_network_is_not_taken_for_a_lack_of_memory(saved, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    model = load_model(saved)
+    monkeypatch.setattr(type(model.network), "forward", wrong)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model.predict(random_image(1, 3, 64, 64))
+
+
 # --- contract ------------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +378,11 @@ def swap_filters(state):
     state["head.conv2.weight"] = state["head.conv2.weight"].flip(0).contiguous()
 
 
+def rename(state, change):
+    for name in list(state):
+        state[change(name)] = state.pop(name)
+
+
 def misshape(state):
     state["head.conv1.bias"] = torch.zeros(9)
 
@@ -283,6 +414,26 @@ BROKEN = {
     "missing tensor": (lambda f: edit_weights(f, lambda s: s.pop("head.conv1.bias")), "lacks tensor head.conv1.bias"),
     "unknown tensor": (lambda f: edit_weights(f, lambda s: s.update(extra=torch.zeros(1))), "unknown tensor extra"),
     "misshapen tensor": (lambda f: edit_weights(f, misshape), r"head.conv1.bias has shape \(9,\), not \(8,\)"),
+    "NaN in the weights": (
+        lambda f: edit_weights(f, lambda s: s["head.conv2.weight"].view(-1)[3:4].fill_(float("nan"))),
+        r"tensor head\.conv2\.weight holds NaN or infinite values: .* fetch it again",
+    ),
+    "weights of another type": (
+        lambda f: edit_weights(f, lambda s: s.update({"head.conv1.bias": s["head.conv1.bias"].double()})),
+        r"tensor head\.conv1\.bias is torch\.float64, not the torch\.float32 of model\.toml",
+    ),
+    "state of a wrapper": (
+        lambda f: edit_weights(f, lambda s: rename(s, lambda name: f"module._orig_mod.{name}")),
+        r"named as inside a wrapper \(module\._orig_mod\..*\); store the state of the network itself",
+    ),
+    "state of a compiled part": (
+        lambda f: edit_weights(f, lambda s: rename(s, lambda name: name.replace("head.", "head._orig_mod."))),
+        r"named as inside a wrapper \(head\._orig_mod\.",
+    ),
+    "prefixed by something else": (
+        lambda f: edit_weights(f, lambda s: rename(s, lambda name: f"model.{name}")),
+        r"lacks tensor .* and \d+ more",
+    ),
     "permuted weights": (
         lambda f: edit_weights(f, swap_filters),
         r"fixture\.safetensors: mean_m comes out .* more than 0.01 m",
@@ -348,6 +499,19 @@ def test_a_folder_that_is_no_model_is_never_overwritten(tmp_path):
 def test_a_failed_save_leaves_nothing(tmp_path, image):
     with pytest.raises(ContractError):
         save_model(tmp_path / "m", network=build(), contract=Contract(**FIELDS), card="", fixture_image=image)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("value", "weights_dtype"), [(math.nan, "float32"), (1e6, "float16")])
+def test_weights_that_cannot_be_stored_are_not(tmp_path, value, weights_dtype):
+    network = build()
+    with torch.no_grad():
+        network.head.conv2.bias[1] = value
+    contract = Contract(**{**FIELDS, "weights_dtype": weights_dtype})
+    with pytest.raises(
+        ContractError, match=rf"tensor head\.conv2\.bias holds NaN or inf.*{weights_dtype} does not hold them"
+    ):
+        save_model(tmp_path / "m", network=network, contract=contract, card="", fixture_image=random_image(3, 64, 64))
     assert list(tmp_path.iterdir()) == []
 
 
