@@ -321,6 +321,13 @@ def map_(
     ] = None,
     sheet_size: Annotated[int | None, typer.Option(help="Side of the working sheets in pixels; changes no pixel.")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")] = "cpu",
+    precision: Annotated[
+        str, typer.Option(help="What the network computes in: float32; on a GPU also float16 and bfloat16.")
+    ] = "float32",
+    compile_first: Annotated[
+        bool, typer.Option("--compile", help="Compile the network first: minutes once, then less per window.")
+    ] = False,
+    batch: Annotated[int | None, typer.Option(help="Windows in one forward pass on a GPU; default 8.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -336,7 +343,7 @@ def map_(
         result = map_region(
             area, imagery=imagery_source(imagery, cache), model=model, out=out, gsd_m=gsd, crs=crs,
             bands=_band_list(bands), sheet_px=SHEET_PX if sheet_size is None else sheet_size, device=device,
-            overwrite=overwrite, progress=progress,
+            precision=precision, compile=compile_first, batch=batch, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     run = json.loads(result.run.read_text())
     if as_json:
@@ -474,9 +481,9 @@ def models_pull(
 
     A download that was stopped goes on where it was. Example: canopy models pull chmv1-huge
     """
-    from canopy.model.pull import is_backbone, pull_backbone, pull_model
+    from canopy.model.pull import is_backbone, pull_backbone, pull_model, read_sources
 
-    if is_backbone(name):
+    if name not in read_sources() and is_backbone(name):
         parameters = pull_backbone(name, say=_say)
         if as_json:
             _print_json({"backbone": name, "parameters": parameters})

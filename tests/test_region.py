@@ -493,8 +493,8 @@ def test_what_the_run_says_about_itself(whole):
     assert record["model"]["calibration"].startswith("uncalibrated")
     assert record["machine"] | {"precision": "float32", "compiled": False, "batch": 1} == record["machine"]
     for path in (whole.height, whole.error):
-        with open_raster(path) as raster:
-            assert raster.tags()["CANOPY_PRECISION"] == "float32"
+        with rasterio.open(path) as dataset:
+            assert dataset.tags()["CANOPY_PRECISION"] == "float32"
 
 
 def test_what_a_device_cannot_do_is_refused_before_anything_is_written(image, tiny_model, tmp_path):
