@@ -32,8 +32,10 @@ SKY_SHARE: Final[Mapping[str, float]] = {"blue": 0.30, "green": 0.22, "red": 0.1
 VEIL: Final[Mapping[str, float]] = {"blue": 1.0, "green": 0.85, "red": 0.75, "nir": 0.5}
 """Strength of haze relative to that in blue: the air scatters short waves most. Bands of other names are as green here."""
 
-CLOUD_M: Final = (40.0, 250.0)
+CLOUD_M: Final = (80.0, 400.0)
 """Wavelengths of the waves that make up a cloud's outline or a bank of haze."""
+SOFTNESS: Final = (0.08, 0.4)
+"""Of a cloud's shadow. The sun is half a degree wide, so a cloud 1 km up has an edge of 9 m: about 0.1 of the field."""
 _WAVES: Final = 8
 _COARSE_PX: Final = 4
 """A smooth field is computed every so many pixels and interpolated; its shortest wave is many times that."""
@@ -241,7 +243,7 @@ def draw_light(amount: Augmentation, bands: int, generator: np.random.Generator)
         log_gamma=within(amount.gamma, gamma),
         shadow=amount.shadow * float(shadow.uniform(0.3, 1)),
         cover=float(shadow.uniform(-0.5, 0.5)),
-        softness=float(np.exp(shadow.uniform(np.log(0.03), np.log(0.4)))),
+        softness=float(np.exp(shadow.uniform(np.log(SOFTNESS[0]), np.log(SOFTNESS[1])))),
         haze=up_to(amount.haze, haze),
         patchiness=up_to(0.5, haze),
         blur_px=up_to(amount.blur_px, blur),

@@ -125,7 +125,7 @@ def test_clouds_have_a_size_on_the_ground():
     fine, coarse = smooth_field((256, 256), 0.5, 2), smooth_field((64, 64), 2.0, 2)
     assert np.corrcoef(fine[1::4, 1::4].ravel(), coarse.ravel())[0, 1] > 0.99
     assert np.corrcoef(fine[:64, :64].ravel(), coarse.ravel())[0, 1] < 0.9  # as many pixels instead
-    fields = np.stack([smooth_field((128, 128), 4.0, seed) for seed in range(40)])
+    fields = np.stack([smooth_field((256, 256), 3.0, seed) for seed in range(60)])
     assert abs(fields.mean()) < 0.1
     assert abs(fields.std() - 1) < 0.1
 
