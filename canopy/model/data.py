@@ -129,6 +129,8 @@ class ChipDataset(Dataset[Sample]):
         Raises:
             RecipeError: no tile set, an unknown site, or no chip left.
         """
+        if augmentation is not None and augmentation.jpeg and imagery is not None and imagery.dtype != "uint8":
+            raise RecipeError(f"augmentation.jpeg is for uint8 imagery, not {imagery.dtype}; set it to 0")
         index = read_index(tile_set)
         known = set(index["site"])
         if unknown := sorted({*(sites or ()), *exclude_sites} - known):

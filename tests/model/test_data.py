@@ -1,10 +1,19 @@
 """Samples and batches: aligned under every augmentation, and a function of (seed, step) alone."""
 
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from itertools import chain
 
 import numpy as np
+import psutil
 import pytest
+import rasterio
 import torch
 from affine import Affine
 from hypothesis import given
@@ -14,14 +23,18 @@ from pyproj import CRS
 
 from canopy.errors import RecipeError
 from canopy.grid import Grid
-from canopy.model.augmentation import OFF, Augmentation
+from canopy.model.augmentation import EVERYTHING, OFF, Augmentation
 from canopy.model.data import (
     ChipCache,
     ChipDataset,
+    Imagery,
     TrainingBatches,
     TrainingSet,
     chip_weights,
+    draw_chips,
     evaluation_chips,
+    loader_failure,
+    stack,
     training_batches,
 )
 from canopy.raster import write_raster
@@ -204,7 +217,7 @@ def test_a_resumed_run_sees_the_same_batches(sets):
     assert not same(whole[0], next(iter(training_batches(plan(sets), seed=5, start_step=0, steps=8))))
 
 
-def parts_together(sets, world, steps=10):
+def parts_together(sets, world, steps=4):
     """Per step, the parts of all processes one after the other."""
     parts = [list(training_batches(sets, seed=4, start_step=0, steps=steps, rank=r, world=world)) for r in range(world)]
     return [
@@ -237,13 +250,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(sets):
         training_batches(plan(sets), seed=1, start_step=0, steps=1, world=2)
 
 
-@pytest.mark.slow
-def test_spawned_loaders_give_the_same_batches(sets):
-    here = list(training_batches(plan(sets), seed=4, start_step=0, steps=4))
-    there = list(training_batches(plan(sets), seed=4, start_step=0, steps=4, workers=2))
-    assert all(same(a, b) for a, b in zip(here, there, strict=True))
-
-
 def test_impossible_settings_are_refused(sets):
     with pytest.raises(ValidationError, match="must not exceed 1"):
         TrainingSet(tile_set=sets[0], batch=1, crop_px=32, low_share=0.6, tall_share=0.6)
@@ -253,3 +259,347 @@ def test_impossible_settings_are_refused(sets):
         TrainingBatches([], seed=1, steps=1)
     with pytest.raises(IndexError):
         TrainingBatches(plan(sets), seed=1, steps=1)[1]
+    assert TrainingSet(tile_set=sets[0], batch=1, crop_px=32).statistic == "p95"
+    with pytest.raises(ValidationError, match="low_below_m = 30 must not exceed tall_above_m = 25"):
+        TrainingSet(tile_set=sets[0], batch=1, crop_px=32, low_below_m=30)
+    with pytest.raises(RecipeError, match="jpeg"):
+        ChipDataset(sets[0], "train", 64, augmentation=EVERYTHING, imagery=Imagery(dtype="uint16"))
+
+
+# --- which chips ---------------------------------------------------------------------------------------------------------
+
+
+def frequencies(heights, settings, batch, batches=400):
+    weights, category = chip_weights(heights, settings), settings.categories(heights)
+    rng = np.random.default_rng(0)
+    drawn = np.stack([draw_chips(weights, category, batch, rng) for _ in range(batches)])
+    return weights, category, drawn
+
+
+@pytest.mark.parametrize("few_tall", [False, True])
+def test_chips_are_drawn_as_often_as_they_weigh(few_tall):
+    rng = np.random.default_rng(1)
+    heights = rng.uniform(0, 30, 60)
+    if few_tall:  # one tall chip for a fifth of the samples: it must come 1.6 times in a batch of 8
+        heights = np.append(rng.uniform(1, 20, 59), 40.0)
+    settings = TrainingSet(tile_set="x", batch=8, crop_px=32, low_share=0.1, tall_share=0.2)
+    weights, _, drawn = frequencies(heights, settings, 8)
+    counts = np.bincount(drawn.ravel(), minlength=60)
+    expected = weights * drawn.size
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    # Systematic samples vary less than independent ones, whose 99.9 % point for 59 degrees of freedom this is.
+    assert chi_square < 98.3
+    assert ((drawn == 0).sum(axis=1) <= np.ceil(8 * weights[0])).all()
+    # Uniform weights, as if the categories were ignored, would be refused by the same bound.
+    uniform = np.full(60, drawn.size / 60)
+    assert ((counts - uniform) ** 2 / uniform).sum() > 98.3
+    if few_tall:
+        without = [np.random.default_rng(k).choice(60, 8, replace=False, p=weights) for k in range(400)]
+        counts = np.bincount(np.ravel(without), minlength=60)
+        assert ((counts - expected) ** 2 / expected).sum() > 98.3  # drawing without replacement does not give it its share
+
+
+def test_every_batch_has_its_share_of_each_category_at_any_place():
+    heights = np.random.default_rng(1).uniform(0, 30, 200)
+    settings = TrainingSet(tile_set="x", batch=16, crop_px=32, low_share=0.25, tall_share=0.25)
+    weights, category, drawn = frequencies(heights, settings, 16)
+    for number in range(3):
+        share = 16 * weights[category == number].sum()
+        counts = (category[drawn] == number).sum(axis=1)
+        assert set(counts) <= {int(share) - 1, int(share), int(share) + 1, int(share) + 2}
+        by_place = (category[drawn] == number).mean(axis=0)
+        assert np.abs(by_place - share / 16).max() < 0.1  # so that each process gets its share, too
+    assert all(len(set(batch)) == 16 for batch in drawn)
+    independent = np.random.default_rng(0).choice(200, (400, 16), p=weights)
+    assert np.ptp((category[independent] == 2).sum(axis=1)) > 4
+
+
+def test_statistics_that_say_what_is_tall(sets):
+    p95 = TrainingBatches([plan(sets, tall_share=0.5, tall_above_m=15.0)[0]], seed=1, steps=1)
+    mean = TrainingBatches([plan(sets, tall_share=0.5, tall_above_m=15.0, statistic="mean")[0]], seed=1, steps=1)
+    assert not p95.remarks()  # heights are uniform from 1 to 19 m
+    (line,) = mean.remarks()
+    assert line.startswith("large has no training chip with a mean above 15 m; the 50% of the samples meant for them are")
+
+
+def test_a_category_without_chips_is_said_once_and_by_one_process(sets, capsys):
+    settings = plan(sets, low_share=0.1)
+    batches = training_batches(settings, seed=1, start_step=0, steps=2)
+    list(batches)
+    assert capsys.readouterr().err.count("no training chip with a p95 below 1 m") == 1
+    training_batches([plan(sets, low_share=0.1)[0]], seed=1, start_step=0, steps=2, rank=1, world=2)
+    assert not capsys.readouterr().err
+
+
+# --- memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_keeps_to_its_limit_and_lets_go_of_the_oldest(sets):
+    cache = ChipCache(2 * 8 * 128 * 128)
+    chips = ChipDataset(sets[0], "train", cache=cache)
+    for i in (0, 1, 0, 2):
+        assert same(chips[i], ChipDataset(sets[0], "train")[i])
+    assert len(cache) == 2
+    assert cache.held_bytes == cache.limit_bytes
+    assert cache.get((sets[0], chips.ids[0])) is not None
+    assert cache.get((sets[0], chips.ids[1])) is None
+    chip = chips.chip(0)
+    assert chips.chip(0)[0] is chip[0]  # not read again
+    none = ChipCache(100)
+    none.put((sets[0], "x"), chip)
+    assert len(none) == 0
+
+
+def test_samples_do_not_change_what_is_kept(sets):
+    cache = ChipCache(10**8)
+    chips = ChipDataset(sets[0], "train", 128, augmentation=EVERYTHING, cache=cache)
+    before = [array.copy() for array in chips.chip(0)]
+    for seed in range(5):
+        sample = chips.sample(0, np.random.default_rng(seed))
+        sample["image"].zero_()
+        sample["height_m"].zero_()
+        sample["image_valid"].zero_()
+    for array, kept in zip(before, chips.chip(0), strict=True):
+        np.testing.assert_array_equal(array, kept)
+
+
+def test_a_cache_that_is_too_small_is_said(sets, capsys):
+    training_batches(plan(sets), seed=1, start_step=0, steps=1, cache_mb=0)
+    assert "the training chips take 1 MB decoded and 0 MB are kept" in capsys.readouterr().err
+    training_batches(plan(sets), seed=1, start_step=0, steps=1)
+    assert not capsys.readouterr().err
+
+
+# --- other imagery, and chips that cannot be used ------------------------------------------------------------------------
+
+
+def copied(sets, tmp_path):
+    """A copy of the large set whose files may be damaged, and the name of its first training chip."""
+    folder = shutil.copytree(sets[0], tmp_path / "large")
+    return folder, ChipDataset(folder, "train").ids[0]
+
+
+def rewritten(path, *, dtype, factor=1, count=None, side=None):
+    """The raster again with another type, number of bands or side."""
+    with rasterio.open(path) as dataset:
+        data, profile = dataset.read(), dataset.profile
+    data = data[:count, :side, :side].astype(dtype) * factor
+    profile |= {"dtype": dtype, "count": len(data), "height": data.shape[1], "width": data.shape[2], "predictor": 1}
+    path.unlink()
+    with rasterio.open(path, "w", **profile) as dataset:
+        dataset.write(data)
+
+
+def test_sixteen_bit_chips(sets, tmp_path):
+    folder, _ = copied(sets, tmp_path)
+    for path in (folder / "image").glob("KEPT*.tif"):
+        rewritten(path, dtype="uint16", factor=10)
+    takes = Imagery(dtype="uint16", value_range=(0, 4095))
+    batches = TrainingBatches(
+        [TrainingSet(tile_set=folder, batch=4, crop_px=64, imagery=takes)],
+        seed=1, steps=2, augmentation=EVERYTHING.model_copy(update={"jpeg": 0}),
+    )  # fmt: skip
+    batch = batches[0]
+    assert batch["image"].dtype == torch.uint16
+    assert batch["image"].float().max() > 255
+    chips = ChipDataset(folder, "train", 64, augmentation=OFF, imagery=takes)
+    sample = chips[0]
+    np.testing.assert_array_equal(sample["image"][1][sample["valid"]].float(), sample["height_m"][sample["valid"]] * 100)
+    narrow = Imagery(dtype="uint16", value_range=(0, 1000))
+    with pytest.raises(RecipeError, match=r"holds values from \d+ to \d+, outside the model's value_range 0 to 1000; widen"):
+        ChipDataset(folder, "train", 64, augmentation=OFF, imagery=narrow)[0]
+
+
+def hurt_nothing(folder, name):
+    """Negative control: nothing is wrong."""
+
+
+def hurt_missing(folder, name):
+    (folder / "height" / f"{name}.tif").unlink()
+
+
+def hurt_empty(folder, name):
+    (folder / "image" / f"{name}.tif").write_bytes(b"")
+
+
+def hurt_cut(folder, name):
+    path = folder / "image" / f"{name}.tif"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def hurt_unknown(folder, name):
+    rewritten(folder / "height" / f"{name}.tif", dtype="float32", factor=np.float32(np.nan))
+
+
+def hurt_shape(folder, name):
+    rewritten(folder / "height" / f"{name}.tif", dtype="float32", side=64)
+
+
+def hurt_double(folder, name):
+    rewritten(folder / "height" / f"{name}.tif", dtype="float64")
+
+
+def hurt_dtype(folder, name):
+    rewritten(folder / "image" / f"{name}.tif", dtype="uint16")
+
+
+def hurt_bands(folder, name):
+    rewritten(folder / "image" / f"{name}.tif", dtype="uint8", count=2)
+
+
+@pytest.mark.parametrize(
+    ("hurt", "says"),
+    [
+        (hurt_nothing, None),
+        (hurt_missing, "does not exist"),
+        (hurt_empty, "is empty"),
+        (hurt_cut, "cut short|cannot be"),
+        (hurt_unknown, "has no known height; take it out"),
+        (hurt_shape, "an image of 128 x 128 px and heights of 64 x 64 px; build"),
+        (hurt_double, "heights in float64 instead of float32"),
+        (hurt_dtype, "is uint16, but the model takes uint8; rescale"),
+        (hurt_bands, "has 2 bands, but the model takes red, green, blue; set"),
+    ],
+)
+def test_chips_that_cannot_be_used_are_named_in_one_line(sets, tmp_path, hurt, says):
+    folder, name = copied(sets, tmp_path)
+    hurt(folder, name)
+    chips = ChipDataset(folder, "train", 64, augmentation=OFF)
+    if says is None:
+        chips[0]
+        return
+    with pytest.raises(RecipeError, match=says) as caught:
+        chips[0]
+    assert str(caught.value).startswith(f"chip {name} of {folder} ")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RecipeError, match=name):  # before anything is started
+        training_batches([TrainingSet(tile_set=folder, batch=1, crop_px=64)], seed=1, start_step=0, steps=1)
+
+
+def test_scaled_samples_stay_in_the_range_of_the_model_and_say_their_gsd(sets):
+    amount = OFF.model_copy(update={"scale": 1.0})
+    takes = Imagery(gsd_range_m=(0.4, 0.8))
+    chips = ChipDataset(sets[0], "train", 64, augmentation=amount, imagery=takes)
+    samples = [chips.sample(i % 6, np.random.default_rng(i)) for i in range(60)]
+    gsds_m = np.array([sample["gsd_m"] for sample in samples])
+    assert (gsds_m >= 0.4).all()
+    assert (gsds_m <= 0.8).all()
+    assert gsds_m.min() < 0.45
+    assert gsds_m.max() > 0.75
+    for sample in samples:
+        assert sample["image"].shape == (3, 64, 64)
+        assert sample["image_valid"].all()  # nothing is invented around the chip
+        assert 1 <= sample["height_m"].nan_to_num(1).min() <= sample["height_m"].nan_to_num(1).max() <= 19
+        assert sample["valid"].any()
+    whole = ChipDataset(sets[0], "train", 128, augmentation=amount)
+    assert all(whole.sample(0, np.random.default_rng(i))["gsd_m"] <= 0.5 for i in range(20))  # no larger crop to take
+    assert stack(samples[:2])["gsd_m"] == [samples[0]["gsd_m"], samples[1]["gsd_m"]]
+
+
+# --- loader processes ----------------------------------------------------------------------------------------------------
+
+
+def open_rasters(process):
+    return [file.path for file in process.open_files() if file.path.endswith(".tif")]
+
+
+def ended(process, within_s=20.0):
+    """Whether a process is gone, at last."""
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_what_is_sent_to_a_loader_process_is_small_and_opens_nothing(sets):
+    batches = TrainingBatches(plan(sets), seed=4, steps=4)
+    for step in range(4):
+        batches[step]
+    assert len(batches.cache) > 0
+    sent = pickle.dumps(batches)
+    assert len(sent) < 10_000  # without one decoded chip
+    assert not open_rasters(psutil.Process())
+    with rasterio.open(next((sets[0] / "image").glob("*.tif"))):
+        assert open_rasters(psutil.Process())  # one that is open would be seen
+    again = pickle.loads(sent)
+    assert len(again.cache) == 0
+    assert same(again[2], batches[2])
+
+
+@pytest.mark.slow
+def test_loader_processes_give_the_same_batches_hold_no_raster_and_fail_in_one_line(sets):
+    """One start of processes for all, because each costs seconds."""
+
+    def loader(workers, start=0, augmentation=EVERYTHING):
+        return training_batches(plan(sets), seed=4, start_step=start, steps=400, augmentation=augmentation, workers=workers)
+
+    mine = psutil.Process()
+    before = {child.pid for child in mine.children(recursive=True)}
+    here, there = iter(loader(0, 6)), iter(loader(2, 6))
+    for _ in range(8):
+        assert same(next(here), next(there))
+    workers = [c for c in mine.children(recursive=True) if c.pid not in before and "spawn_main" in " ".join(c.cmdline())]
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker.is_running()
+        assert not open_rasters(worker)
+    assert not open_rasters(mine)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    with pytest.raises((RecipeError, RuntimeError)) as caught:  # noqa: PT012
+        for _ in range(400):
+            next(there)
+            time.sleep(0.01)
+    error = caught.value
+    if isinstance(error, RuntimeError):  # torch raises it wherever the main thread is: here, in the sleep
+        error = loader_failure(error)
+    assert isinstance(error, RecipeError)
+    assert "a loader process was killed" in str(error)
+    assert "data.workers" in str(error)
+    assert "\n" not in str(error)
+    del there, caught
+    assert all(ended(worker) for worker in workers)
+    assert loader_failure(RuntimeError("something else")) is None
+
+
+@pytest.mark.slow
+def test_a_damaged_chip_in_a_loader_process_is_one_line_here(sets, tmp_path):
+    folder, name = copied(sets, tmp_path)
+    last = ChipDataset(folder, "train").ids[-1]
+    hurt_cut(folder, last)
+    settings = [TrainingSet(tile_set=folder, batch=6, crop_px=64)]
+    assert last != name  # the first is read when the loader is made
+    with pytest.raises(RecipeError, match=f"^chip {last} of ") as caught:
+        next(iter(training_batches(settings, seed=1, start_step=0, steps=2, workers=1)))
+    assert "\n" not in str(caught.value)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from canopy.model.data import TrainingSet, training_batches
+if __name__ == "__main__":
+    settings = [TrainingSet(tile_set=Path(sys.argv[1]), batch=2, crop_px=64)]
+    for _ in training_batches(settings, seed=1, start_step=0, steps=10**7, workers=2):
+        print("batch", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_loader_process_outlives_the_one_that_started_it(sets, tmp_path, how):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen([sys.executable, script, sets[0]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "batch\n"
+        workers = [c for c in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(c.cmdline())]
+        assert len(workers) == 2
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert all(ended(worker) for worker in workers)
+        assert "Process SpawnProcess" not in errors  # a loader process has nothing to say about Ctrl-C
+    finally:
+        process.kill()
