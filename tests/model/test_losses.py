@@ -1,12 +1,16 @@
 """The losses against NumPy written from the formulas, and the rule that invalid pixels do not exist."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from canopy.model import losses
 from canopy.model.losses import (
     LossConfig,
     PatchGradientConfig,
@@ -60,6 +64,14 @@ def test_silog_forgives_scale_only_as_far_as_its_mean_weight_says():
     # Offsets aside, p = e t has g = 1 everywhere.
     assert float(silog(np.e * t, t, valid, offset_m=1e-12)) == pytest.approx(np.sqrt(0.15), rel=1e-6)
     assert float(silog(np.e * t, t, valid, offset_m=1e-12, mean_weight=0.0)) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_silog_without_variance_is_its_mean_part():
+    p, t, valid = scene()
+    g = np.log(p[valid].numpy() + 1e-3) - np.log(t[valid].numpy() + 1e-3)
+    assert float(silog(p, t, valid, variance=False)) == pytest.approx(np.sqrt(0.15) * abs(g.mean()), rel=1e-12)
+    config = LossConfig(silog_variance_from=0.1)
+    assert [curriculum(step, 100, config).silog_variance for step in (0, 9, 10, 99)] == [False, False, True, True]
 
 
 def test_charbonnier_equals_numpy():
@@ -133,6 +145,17 @@ def test_patch_gradient_equals_numpy():
     assert float(patch_gradient(p, t, valid, config)) == pytest.approx(
         numpy_patch_gradient(p[0].numpy(), t[0].numpy(), config), rel=1e-9
     )
+
+
+def test_diagonal_gradients_are_those_of_the_turned_pattern():
+    """A slope along a diagonal has no gradient across it, and the steepest along it."""
+    rows, cols = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
+    gradient = losses._sobel((rows + cols)[None], diagonal=True)[0, :, 1:-1, 1:-1]
+    assert torch.equal(gradient.abs().amax(dim=(1, 2)), torch.tensor([8.0, 8.0, 0.0, 12.0]))
+    assert torch.equal(losses._sobel((rows + cols)[None], diagonal=False)[0, :, 1:-1, 1:-1], gradient[:2])
+    p, t, valid = scene()
+    plain, diagonal = (patch_gradient(p, t, valid, PatchGradientConfig(diagonal=d)) for d in (False, True))
+    assert float(plain) != float(diagonal)
 
 
 def test_patch_gradient_of_a_masked_border_is_that_of_the_inside():
@@ -214,6 +237,46 @@ def test_gradients_are_those_of_finite_differences():
         assert torch.autograd.gradcheck(lambda a, term=term: term(a, t, valid), (p.clone().requires_grad_(),))
 
 
+# --- several processes ---------------------------------------------------------------------------------------------------
+
+
+def part_of_a_batch(rank: int, folder: Path) -> None:
+    """Loss and gradient of every term on one of the two samples, as process `rank` of two; saved in `folder`."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    results = {}
+    whole = losses.over_processes
+    for kind, sums in (("whole", whole), ("own", lambda x: x)):
+        losses.over_processes = sums
+        for name, term in TERMS.items():
+            p, t, valid = (x[rank : rank + 1] for x in scene())
+            p = p.clone().requires_grad_()
+            value = term(p, t, valid)
+            value.backward()
+            results[kind, name] = (value.detach(), p.grad)
+    torch.save(results, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_loss_and_the_gradient_of_one(tmp_path):
+    torch.multiprocessing.spawn(part_of_a_batch, (tmp_path,), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name, term in TERMS.items():
+        p, t, valid = scene()
+        p = p.clone().requires_grad_()
+        value = term(p, t, valid)
+        value.backward()
+        for kind in ("whole", "own"):
+            values, gradients = zip(*(part[kind, name] for part in parts), strict=True)
+            # What DDP makes of it: every process has half of the gradients of its own sample.
+            gradient = torch.cat(gradients) / 2
+            equal = all(float(v) == pytest.approx(value.item(), rel=1e-12) for v in values)
+            close = torch.allclose(gradient, p.grad, rtol=1e-9, atol=1e-15)
+            # The negative control: means over the pixels of one process are other means.
+            assert (equal, close) == ((True, True) if kind == "whole" else (False, False)), (name, kind)
+
+
 # --- the curriculum ------------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +301,8 @@ def test_curriculum_hands_silog_over_to_charbonnier():
     [
         {"patch_gradient_ramp": (0.5, 0.1)},
         {"histogram": 0.0, "silog": 0.0, "charbonnier": 0.0, "patch_gradient": 0.0},
+        {"histogram": 0.0, "silog": 0.0},  # Charbonnier alone, which has no weight at first
+        {"histogram": 0.0, "charbonnier": 0.0, "patch_gradient": 0.0},  # SiLog alone, which has none in the end
         {"charbonier": 1.0},
         {"patch": {"range_px": (4,)}},
     ],
