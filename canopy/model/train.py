@@ -36,7 +36,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from canopy.errors import CanopyError, OutputError, RecipeError
 from canopy.model.checkpoints import Checkpoints, WholeFiles, checkpoints, damage, read_checkpoint
-from canopy.model.data import Sample, TrainingLoader, TrainingSet, training_batches
+from canopy.model.data import Sample, TrainingLoader, TrainingSet, loader_failure, training_batches
 from canopy.model.distribution import HeightDistribution
 from canopy.model.losses import charbonnier, curriculum, histogram_cross_entropy, masked_mean, patch_gradient, silog
 from canopy.model.network import HeightNetwork
@@ -539,6 +539,8 @@ def fit(
             raise
         raise KeyboardInterrupt from None
     except RuntimeError as error:
+        if (failure := loader_failure(error)) is not None:
+            raise failure from error
         if not _out_of_memory(error):
             raise
         raise CanopyError(_remedy(recipe, learner, run)) from error
