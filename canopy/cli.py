@@ -454,9 +454,7 @@ def models_import(
 
     files = [file for file in (backbone, head) if file is not None]
     if path is not None and files:
-        raise CanopyError(
-            f"{path} and --{'backbone' if backbone else 'head'} are both given; give a folder or the two files"
-        )
+        raise CanopyError(f"{path} and --{'backbone' if backbone else 'head'} are both given; give one or the other")
     if len(files) == 1:
         raise CanopyError(f"--{'backbone' if backbone else 'head'} is given alone; give both --backbone and --head")
     if path is None and not files:

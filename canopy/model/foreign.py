@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from pydantic import ValidationError
@@ -29,7 +29,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from canopy.errors import CanopyError, ContractError
-from canopy.model.distribution import Bins
 from canopy.model.network import PATCH_PX, HeightNetwork, NetworkConfig
 from canopy.model.package import Contract, Training, save_model
 
@@ -109,7 +108,7 @@ _PUBLISHED: dict[Kind, _Published] = {
 
 
 def import_model(
-    kind: Kind,
+    kind: str,
     source: Path | str | Sequence[Path | str],
     out: Path | str,
     *,
@@ -139,11 +138,10 @@ def import_model(
     """
     if kind not in get_args(Kind):
         raise ContractError(f"{kind!r} cannot be imported; choose from {', '.join(get_args(Kind))}")
-    out = Path(out)
-    published = _PUBLISHED[kind]
-    checkpoint = _Checkpoint.read(
-        kind, [Path(source)] if isinstance(source, Path | str) else [Path(each) for each in source]
-    )
+    out, chosen = Path(out), cast("Kind", kind)
+    published = _PUBLISHED[chosen]
+    sources = [source] if isinstance(source, Path | str) else source
+    checkpoint = _Checkpoint.read(chosen, [Path(each) for each in sources])
     layout = _LAYOUTS[checkpoint.layout](checkpoint)
     network = _network(checkpoint, layout)
     contract = Contract(
@@ -675,9 +673,9 @@ def _untapped(config: NetworkConfig, depth: int, pattern: str) -> list[str]:
     return [pattern.format(block) for block in range(config.taps[-1] + 1, depth)]
 
 
-def _mixed_bins(count: int, *, min_depth: float, max_depth: float) -> Bins:
+def _mixed_bins(count: int, *, min_depth: float, max_depth: float) -> dict[str, Any]:
     """Their bins run from min_depth to max_depth / 8 and the height is then multiplied by 8."""
-    return Bins(count=count, min_m=8.0 * min_depth, max_m=max_depth, spacing="mixlog")
+    return {"count": count, "min_m": 8.0 * min_depth, "max_m": max_depth, "spacing": "mixlog"}
 
 
 def _periods(checkpoint: _Checkpoint, periods: Tensor | None, heads: int, width: int) -> tuple[float, ...] | None:
@@ -769,7 +767,7 @@ def _chmv2_hugging_face(checkpoint: _Checkpoint) -> _Layout:
         bins=(
             _mixed_bins(bins, min_depth=low, max_depth=high)
             if bins_strategy == "mixlog"
-            else Bins(count=bins, min_m=low, max_m=high, spacing="linear")
+            else {"count": bins, "min_m": low, "max_m": high, "spacing": "linear"}
         ),
         normalisation=normalisation,
         **sizes,
@@ -952,7 +950,7 @@ def _chmv1(checkpoint: _Checkpoint) -> _Layout:
         position_resize="corners",
         residual_bias=False,
         projection_after_fusion=True,
-        bins=Bins(count=bins, min_m=0.01, max_m=100.0, spacing="linear"),
+        bins={"count": bins, "min_m": 0.01, "max_m": 100.0, "spacing": "linear"},
         normalisation="linear",
         **sizes,
     )
