@@ -115,7 +115,7 @@ HeldOutSet = tuple[ChipDataset, bool, bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Place:
+class Place:
     """Where a chip lies, and which of its pixels have a known height and imagery, as bits."""
 
     chips: ChipDataset
@@ -131,8 +131,16 @@ class _Place:
 
     @property
     def known(self) -> NDArray[np.bool_]:
+        """(row, col), an array of its own."""
         rows, cols = self.shape
         return np.unpackbits(self.bits, count=rows * cols).reshape(self.shape).astype(bool)
+
+    def slices(self, rows: slice, cols: slice) -> tuple[slice, slice]:
+        """Lattice rows and columns as those of the chip's arrays."""
+        return (
+            slice(rows.start - self.row_px, rows.stop - self.row_px),
+            slice(cols.start - self.col_px, cols.stop - self.col_px),
+        )
 
     def distance(self, rows: slice, cols: slice) -> NDArray[np.int64]:
         """How far lattice pixels are from the chip's centre, along the farther axis, in half pixels."""
@@ -142,7 +150,7 @@ class _Place:
         return far
 
 
-def _places(held_out: Sequence[HeldOutSet]) -> list[_Place]:
+def _places(held_out: Sequence[HeldOutSet]) -> list[Place]:
     places = []
     for chips, calibrates, scores in held_out:
         rows = read_index(chips.tile_set).set_index("id")
@@ -150,7 +158,7 @@ def _places(held_out: Sequence[HeldOutSet]) -> list[_Place]:
             known = chips[item]["valid"].numpy()
             row = rows.loc[name]
             places.append(
-                _Place(
+                Place(
                     chips=chips,
                     item=item,
                     lattice=(str(row["site"]), str(row["crs"]), float(row["gsd_m"])),
@@ -165,50 +173,62 @@ def _places(held_out: Sequence[HeldOutSet]) -> list[_Place]:
     return places
 
 
-def _counted(places: Sequence[_Place]) -> Iterator[NDArray[np.bool_]]:
+def _overlaps(places: Sequence[Place]) -> list[list[int]]:
+    """Per chip the other ones on the same ground, in order."""
+    groups: dict[tuple[str, str, float], list[int]] = {}
+    for number, place in enumerate(places):
+        groups.setdefault(place.lattice, []).append(number)
+    found: list[list[int]] = [[] for _ in places]
+    for members in groups.values():
+        corners = np.array([(places[k].row_px, places[k].col_px, *places[k].shape) for k in members], np.int64)
+        top, left, height, width = corners.T
+        for number, (row, col, rows, cols) in zip(members, corners, strict=True):
+            touches = (top < row + rows) & (top + height > row) & (left < col + cols) & (left + width > col)
+            found[number] = [members[k] for k in np.flatnonzero(touches) if members[k] != number]
+    return found
+
+
+def _shared(place: Place, other: Place) -> tuple[slice, slice]:
+    """The lattice rows and columns that two overlapping chips have in common."""
+    rows = slice(max(place.row_px, other.row_px), min(place.row_px + place.shape[0], other.row_px + other.shape[0]))
+    cols = slice(max(place.col_px, other.col_px), min(place.col_px + place.shape[1], other.col_px + other.shape[1]))
+    return rows, cols
+
+
+def needed(places: Sequence[Place], reach_px: int) -> list[Place]:
+    """The chips without those whose pixels others hold as well as a map would.
+
+    A chip goes when each of its known pixels is known in a remaining one whose centre is within `reach_px` of it, or nearer
+    than its own. Chips of a training set overlap many times, and each costs a pass of the network.
+    """
+    overlaps, gone = _overlaps(places), set()
+    for number, place in enumerate(places):
+        left = place.known
+        for other in overlaps[number]:
+            if other not in gone:
+                rival = places[other]
+                rows, cols = _shared(place, rival)
+                near = rival.distance(rows, cols) <= np.maximum(place.distance(rows, cols), 2 * reach_px)
+                left[place.slices(rows, cols)] &= ~(near & rival.known[rival.slices(rows, cols)])
+        if not left.any():
+            gone.add(number)
+    return [place for number, place in enumerate(places) if number not in gone]
+
+
+def counted(places: Sequence[Place]) -> Iterator[NDArray[np.bool_]]:
     """Per chip the pixels that count in it: each known pixel of the ground in one chip, the one whose centre is nearest.
 
     Why the nearest centre: chips overlap so that training sees a place in many crops; a score that counted it as often would
     be one of the middle of a site, and one taken from the rims of chips would be worse than the map is.
     """
-    groups: dict[tuple[str, str, float], list[int]] = {}
-    for number, place in enumerate(places):
-        groups.setdefault(place.lattice, []).append(number)
-    corners = {
-        lattice: np.array([(places[k].row_px, places[k].col_px, *places[k].shape) for k in members], np.int64)
-        for lattice, members in groups.items()
-    }
-    for number, place in enumerate(places):
+    for number, (place, others) in enumerate(zip(places, _overlaps(places), strict=True)):
         counts = place.known
-        top, left, height, width = corners[place.lattice].T
-        overlaps = (
-            (top < place.row_px + place.shape[0])
-            & (top + height > place.row_px)
-            & (left < place.col_px + place.shape[1])
-            & (left + width > place.col_px)
-        )
-        for other in (groups[place.lattice][k] for k in np.flatnonzero(overlaps)):
-            if other == number:
-                continue
+        for other in others:
             rival = places[other]
-            rows, cols = (
-                slice(max(a, b), min(a + m, b + n))
-                for a, b, m, n in (
-                    (place.row_px, rival.row_px, place.shape[0], rival.shape[0]),
-                    (place.col_px, rival.col_px, place.shape[1], rival.shape[1]),
-                )
-            )
+            rows, cols = _shared(place, rival)
             own, its = place.distance(rows, cols), rival.distance(rows, cols)
             nearer = (its < own) | ((its == own) & (other < number))
-            here = (
-                slice(rows.start - place.row_px, rows.stop - place.row_px),
-                slice(cols.start - place.col_px, cols.stop - place.col_px),
-            )
-            there = (
-                slice(rows.start - rival.row_px, rows.stop - rival.row_px),
-                slice(cols.start - rival.col_px, cols.stop - rival.col_px),
-            )
-            counts[here] &= ~(nearer & rival.known[there])
+            counts[place.slices(rows, cols)] &= ~(nearer & rival.known[rival.slices(rows, cols)])
         yield counts
 
 
@@ -221,21 +241,24 @@ def evaluate_chips(
 ) -> Iterator[ChipResult]:
     """Predict held-out chips, one at a time; each pixel of the ground counts once, however many chips hold it.
 
+    Of chips that overlap many times over, only so many are predicted that each pixel is as near to the centre of one as the
+    windows of a map would bring it.
+
     Args:
         model: The trained model.
         baselines: Its baselines, fitted on the same training chips.
         held_out: What is held out, as `DataSets.held_out` gives it.
         progress: Called with the number of chips done and of all.
     """
-    places = _places(held_out)
-    for done, (place, counts) in enumerate(zip(places, _counted(places), strict=True), 1):
+    places = needed(_places(held_out), model.contract.stride_px // 2)
+    for done, (place, counts) in enumerate(zip(places, counted(places), strict=True), 1):
         if counts.any():
             yield _evaluate(model, baselines, place, counts)
         if progress is not None:
             progress(done, len(places))
 
 
-def _evaluate(model: HeightModel, baselines: Baselines, place: _Place, counts: NDArray[np.bool_]) -> ChipResult:
+def _evaluate(model: HeightModel, baselines: Baselines, place: Place, counts: NDArray[np.bool_]) -> ChipResult:
     sample = place.chips[place.item]
     image, seen = sample["image"].numpy(), sample["image_valid"].numpy()
     known = sample["valid"].numpy()
@@ -268,7 +291,7 @@ def _evaluate(model: HeightModel, baselines: Baselines, place: _Place, counts: N
 # --- calibration ---------------------------------------------------------------------------------------------------------
 
 
-CALIBRATION_PX_PER_CHIP = 10_000
+CALIBRATION_PX_PER_CHIP = 2000
 """Most pixels of one chip that calibrate, drawn at random: more of one place say little more, and the fit sorts them all."""
 
 

@@ -236,12 +236,21 @@ class _Map:
 
 
 def _squares(chip: ChipResult) -> Iterable[tuple[tuple[str, int, int], tuple[slice, slice]]]:
-    """The squares of the lattice that a chip touches, each with its part of the chip."""
+    """The squares of the lattice that a chip's pixels belong to, each with its part of the chip.
+
+    A plot that fits in a square is one observation, wherever the lattice cuts it: it goes with the square of its centre.
+    """
     side = max(1, round(RESAMPLED_M / chip.gsd_m))
+    within = [np.flatnonzero(chip.counts.any(axis=axis)) for axis in (1, 0)]
+    first = chip.row_px, chip.col_px
+    if max(int(at[-1] - at[0]) for at in within) < side:
+        row, col = ((start + int(at[0] + at[-1]) // 2) // side for start, at in zip(first, within, strict=True))
+        yield (chip.crs, row, col), (slice(None), slice(None))
+        return
     spans = []
-    for first, size in zip((chip.row_px, chip.col_px), chip.counts.shape, strict=True):
-        numbers = range(first // side, (first + size - 1) // side + 1)
-        spans.append([(k, slice(max(k * side - first, 0), min((k + 1) * side - first, size))) for k in numbers])
+    for start, size in zip(first, chip.counts.shape, strict=True):
+        numbers = range(start // side, (start + size - 1) // side + 1)
+        spans.append([(k, slice(max(k * side - start, 0), min((k + 1) * side - start, size))) for k in numbers])
     for row, rows in spans[0]:
         for col, cols in spans[1]:
             yield (chip.crs, row, col), (rows, cols)

@@ -1,14 +1,24 @@
-"""Predicting chips, the baselines they are compared with, and which pixels calibrate."""
+"""Predicting chips, each pixel of the ground once; the baselines they are compared with, and which pixels calibrate."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from canopy.errors import RecipeError
-from canopy.model.baselines import Baselines, colour_and_texture, fit_baselines
-from canopy.model.evaluate import ChipResult, calibrate, predict_chip, score_sites
+from canopy.model.baselines import colour_and_texture, fit_baselines
+from canopy.model.evaluate import (
+    CALIBRATION_PX_PER_CHIP,
+    ChipResult,
+    Place,
+    calibrate,
+    counted,
+    needed,
+    predict_chip,
+)
 from canopy.model.recipe import Calibrate
 
 
@@ -16,15 +26,15 @@ class Reader:
     """A model whose height is the first band, and whose spread is the second: what it says of a pixel does not depend on
     the window."""
 
-    def __init__(self, window_px: int = 64, stride_px: int = 48, *, lift_m: float = 0.0) -> None:
+    def __init__(self, window_px: int = 64, stride_px: int = 48, *, lift_m: float = 0.0, abstains_at: float = -1.0) -> None:
         self.contract = SimpleNamespace(window_px=window_px, stride_px=stride_px)
-        self.lift_m, self.windows = lift_m, 0
+        self.lift_m, self.windows, self.abstains_at = lift_m, 0, abstains_at
 
     def predict(self, image, valid):
         self.windows += 1
         image = torch.as_tensor(image).float()
         lift = self.lift_m * (self.windows % 2)
-        return SimpleNamespace(mean_m=image[:, 0] + lift, spread_m=image[:, 1])
+        return SimpleNamespace(mean_m=image[:, 0] + lift, spread_m=image[:, 1], abstain=image[:, 0] == self.abstains_at)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (40, 64), (65, 64), (200, 131)])
@@ -43,6 +53,89 @@ def test_windows_that_disagree_add_to_the_spread():
     assert mean.max() <= 9 + 1e-4
     assert spread.min() >= 5 - 1e-3
     assert spread.max() == pytest.approx(np.sqrt(5**2 + 2**2), abs=0.1)
+
+
+@pytest.mark.parametrize("side", [64, 160])
+def test_where_the_model_abstains_there_is_no_height(side):
+    image = np.full((2, side, side), 5, np.uint8)
+    image[0, 10:20, 30:50] = 9
+    mean, spread = predict_chip(Reader(abstains_at=9.0), image, np.ones((side, side), bool))
+    np.testing.assert_array_equal(np.isnan(mean), image[0] == 9)
+    np.testing.assert_array_equal(np.isnan(spread), image[0] == 9)
+    np.testing.assert_allclose(mean[image[0] == 5], 5, rtol=1e-6)
+
+
+# --- each pixel once -----------------------------------------------------------------------------------------------------
+
+
+def place(row: int, col: int, known: np.ndarray, site: str = "A") -> Place:
+    return Place(
+        chips=None, item=0, lattice=(site, "EPSG:32611", 0.5), row_px=row, col_px=col, shape=known.shape,
+        bits=np.packbits(known), calibrates=True, scores=True,
+    )  # fmt: skip
+
+
+@st.composite
+def layouts(draw):
+    """Chips of random places, sizes and voids, of two sites."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return [
+        place(*rng.integers(-20, 20, 2), rng.random(tuple(rng.integers(1, 24, 2))) < 0.8, "AB"[int(rng.integers(2))])
+        for _ in range(draw(st.integers(1, 9)))
+    ]
+
+
+def pixels(places, masks):
+    """(site, row, col) of every pixel that counts, as often as it does."""
+    found = []
+    for p, mask in zip(places, masks, strict=True):
+        found += [(p.lattice[0], int(r) + p.row_px, int(c) + p.col_px) for r, c in np.argwhere(mask)]
+    return found
+
+
+@given(layouts())
+def test_every_known_pixel_counts_once_and_in_the_chip_with_the_nearest_centre(places):
+    found = pixels(places, counted(places))
+    every = pixels(places, [p.known for p in places])
+    assert len(found) == len(set(found))
+    assert set(found) == set(every)
+    for p, mask in zip(places, counted(places), strict=True):
+        for r, c in np.argwhere(mask):
+            row, col = int(r) + p.row_px, int(c) + p.col_px
+            at = slice(row, row + 1), slice(col, col + 1)
+            rivals = [
+                q.distance(*at).item() for q in places
+                if q.lattice == p.lattice and 0 <= row - q.row_px < q.shape[0] and 0 <= col - q.col_px < q.shape[1]
+                and q.known[row - q.row_px, col - q.col_px]
+            ]  # fmt: skip
+            assert p.distance(*at).item() == min(rivals)
+
+
+@given(layouts(), st.integers(0, 12))
+def test_chips_that_are_left_out_leave_no_pixel_without_a_near_one(places, reach):
+    left = needed(places, reach)
+    assert set(pixels(left, counted(left))) == set(pixels(places, [p.known for p in places]))
+    before = {pixel: p.distance(slice(pixel[1], pixel[1] + 1), slice(pixel[2], pixel[2] + 1)).item()
+              for p, mask in zip(places, counted(places), strict=True) for pixel in pixels([p], [mask])}  # fmt: skip
+    for p, mask in zip(left, counted(left), strict=True):
+        for pixel in pixels([p], [mask]):
+            far = p.distance(slice(pixel[1], pixel[1] + 1), slice(pixel[2], pixel[2] + 1)).item()
+            assert far <= max(before[pixel], 2 * reach)
+
+
+def test_chips_that_overlap_many_times_are_thinned_and_those_that_do_not_are_all_kept():
+    whole = np.ones((64, 64), bool)
+    dense = [place(row, col, whole) for row in range(0, 145, 16) for col in range(0, 145, 16)]
+    every = pixels(dense, [p.known for p in dense])
+    assert len(every) > 4 * len(set(every))  # what a score without `counted` would be made of
+    assert len(needed(dense, 24)) < len(dense) / 4
+    assert len(needed(dense, 0)) == len(dense)
+    apart = [place(row, col, whole) for row in range(0, 257, 64) for col in range(0, 257, 64)]
+    assert len(needed(apart, 24)) == len(apart)
+    assert len(needed([place(0, 0, whole, "A"), place(0, 0, whole, "B")], 24)) == 2
+
+
+# --- baselines -----------------------------------------------------------------------------------------------------------
 
 
 def chip(seed: int, side: int = 48, site: str = "A") -> dict:
@@ -71,6 +164,17 @@ def test_features_do_not_see_what_is_not_valid():
     assert (colour_and_texture(image, everywhere)[valid] != colour_and_texture(other, everywhere)[valid]).any()
 
 
+def test_the_forest_says_the_same_of_a_part_as_of_the_whole():
+    baselines = fit_baselines((chip(k) for k in range(4)), np.random.default_rng(1), per_chip_px=200, trees=5)
+    sample = chip(7, side=96)
+    image, seen = sample["image"].numpy(), sample["image_valid"].numpy()
+    part = np.zeros_like(seen)
+    part[40:50, 30:60] = True
+    whole = baselines.predict(image, np.ones_like(seen), seen)
+    np.testing.assert_allclose(baselines.predict(image, part, seen)[part], whole[part], atol=0.3)
+    assert np.isnan(baselines.predict(image, part, seen)[~part]).all()
+
+
 def test_the_forest_learns_colour_and_the_same_draws_give_the_same_forest():
     fit = [fit_baselines((chip(k) for k in range(6)), np.random.default_rng(1), per_chip_px=200, trees=10) for _ in range(2)]
     test = chip(9)
@@ -83,45 +187,50 @@ def test_the_forest_learns_colour_and_the_same_draws_give_the_same_forest():
     assert fit[0].n == 1200
 
 
+# --- calibration ---------------------------------------------------------------------------------------------------------
+
+
 def result(site: str, *, calibrates: bool, scores: bool, factor: float = 1.0, seed: int = 0) -> ChipResult:
     rng = np.random.default_rng(seed)
-    mean = rng.gamma(2, 6, 8000).astype(np.float32)
+    shape = 80, 100
+    mean = rng.gamma(2, 6, shape).astype(np.float32)
     spread = (1 + 0.1 * mean).astype(np.float32)
-    true = np.maximum(mean + factor * spread * rng.normal(size=8000), 0).astype(np.float32)
+    true = np.maximum(mean + factor * spread * rng.normal(size=shape), 0).astype(np.float32)
     return ChipResult(
-        id=f"{site}{seed}", site=site, calibrates=calibrates, scores=scores, true_m=true, mean_m=mean, spread_m=spread,
-        forest_m=mean + 1,
+        id=f"{site}{seed}", site=site, crs="EPSG:32611", gsd_m=0.5, row_px=0, col_px=200 * seed, calibrates=calibrates,
+        scores=scores, counts=np.ones(shape, bool), true_m=true, mean_m=mean, spread_m=spread, forest_m=mean + 1,
     )  # fmt: skip
+
+
+def calibrated(chips):
+    return calibrate(chips, Calibrate(), np.random.default_rng(0))
 
 
 def test_chips_that_do_not_calibrate_only_measure():
     own = [result(site, calibrates=True, scores=True, seed=k) for k, site in enumerate("AB")]
     hard = result("C", calibrates=False, scores=True, factor=4.0, seed=9)
-    alone, both = calibrate(own, Calibrate()), calibrate([*own, hard], Calibrate())
+    alone, both = calibrated(own), calibrated([*own, hard])
     assert both.table.lower_factor == alone.table.lower_factor
     assert both.table.upper_factor == alone.table.upper_factor
     assert set(both.left_out) == {"A", "B"}
     assert set(both.other) == {"C"}
+    assert both.other["C"].total.n == 8000
     assert both.other["C"].total.coverage < 0.6
     assert [m.how for m in both.table.measured] == ["sites left out in turn", "other held-out chips"]
     assert both.table.measured[1].overall == pytest.approx(both.other["C"].total.coverage)
     # One site alone has nothing to be measured on, and in-sample coverage is no substitute.
-    assert calibrate(own[:1], Calibrate()).table.measured == ()
+    assert calibrated(own[:1]).table.measured == ()
+
+
+def test_what_calibrates_is_a_sample_of_what_counts_and_is_known():
+    chip = result("A", calibrates=True, scores=True)
+    assert sum(calibrated([chip]).table.pixels) == CALIBRATION_PX_PER_CHIP
+    chip.counts[1:] = False
+    chip.counts[:20] = True
+    chip.mean_m[0, :7] = np.nan
+    assert sum(calibrated([chip, result("B", calibrates=True, scores=True)]).table.pixels) == 1993 + CALIBRATION_PX_PER_CHIP
 
 
 def test_without_a_chip_to_calibrate_on_there_is_no_table():
     with pytest.raises(RecipeError, match="no chip is left to calibrate on"):
-        calibrate([result("A", calibrates=False, scores=True)], Calibrate())
-
-
-def test_scores_are_by_site_and_leave_out_chips_that_only_calibrate():
-    results = [
-        result("B", calibrates=True, scores=False),
-        result("A", calibrates=False, scores=True, seed=1),
-        result("A", calibrates=True, scores=True, seed=2),
-    ]
-    (score,) = score_sites(results, Baselines(mean_m=9.0, n=1, forest=None), trained_sites=["A"], edges_m=(5.0, 15.0))
-    assert (score.site, score.seen, score.chips, score.model.n) == ("A", True, 2, 16_000)
-    true = np.concatenate([r.true_m for r in results[1:]])
-    assert score.training_mean.bias_m == pytest.approx(9.0 - true.mean(), abs=1e-3)
-    assert score.classes.total.mae_m == pytest.approx(score.model.mae_m)
+        calibrated([result("A", calibrates=False, scores=True)])
