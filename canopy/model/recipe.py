@@ -28,8 +28,10 @@ from canopy.model.augmentation import Augmentation
 from canopy.model.calibration import LEAST_PX, SPREAD_FLOOR_M
 from canopy.model.losses import LossConfig
 from canopy.model.network import NetworkConfig
+from canopy.model.package import read_contract
 from canopy.model.tuning import Tuning
 from canopy.settings import read_settings
+from canopy.tiler.recipe import resolve
 
 
 class _Table(BaseModel):
@@ -52,13 +54,27 @@ class ModelTable(_Table):
     window_px: PositiveInt
     stride_px: PositiveInt
     weights_dtype: Literal["float32", "float16"] = "float32"
-    network: NetworkConfig
+    network: NetworkConfig | None = None
+    """None: that of `start_from`, for these bands; `read_recipe` fills it in."""
     pretrained: bool = False
     """Start from the backbone's published weights, which timm fetches."""
     start_from: str | None = None
-    """Start from the weights of this model folder, whose network must be the same."""
+    """Start from the weights of this model folder; bands, bins and drop rates of the network may differ."""
     not_for: tuple[str, ...] = ()
     """Uses the card warns of, besides those that follow from the measured figures."""
+
+    @model_validator(mode="after")
+    def _starts(self) -> Self:
+        if self.network is None and self.start_from is None:
+            raise ValueError("there is neither a [model.network] nor a model to start_from; give one of them")
+        if self.pretrained and self.start_from is not None:
+            raise ValueError("pretrained and start_from both fill the backbone; give one of them")
+        return self
+
+    def architecture(self) -> NetworkConfig:
+        """The network, which a recipe that was read always has."""
+        assert self.network is not None, "the recipe was not read by read_recipe"
+        return self.network
 
 
 class DataSet(_Table):
@@ -241,8 +257,16 @@ def read_recipe(path: Path, *, hold_out: Sequence[str] = ()) -> TrainingRecipe:
 
     Raises:
         RecipeError: missing or no TOML, an unknown key, or a value out of its range; the message names the key.
+        ContractError: the network is that of `start_from`, which is no model folder.
     """
-    return without(read_settings(path, TrainingRecipe, what="a training recipe"), hold_out)
+    recipe = read_settings(path, TrainingRecipe, what="a training recipe")
+    model = recipe.model
+    if model.network is None:
+        assert model.start_from is not None, "checked by the table"
+        network = read_contract(resolve(model.start_from, path.resolve().parent)).network
+        network = network.model_copy(update={"in_channels": len(model.bands)})
+        recipe = recipe.model_copy(update={"model": model.model_copy(update={"network": network})})
+    return without(recipe, hold_out)
 
 
 def without(recipe: TrainingRecipe, sites: Sequence[str]) -> TrainingRecipe:

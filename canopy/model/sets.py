@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from canopy.errors import RecipeError
 from canopy.model.data import ChipDataset, Imagery, TrainingSet
 from canopy.model.package import Contract, Training
 from canopy.model.recipe import TrainingRecipe
+from canopy.raster import open_raster
 from canopy.tiler.chips import read_index, tile_set_hash
 from canopy.tiler.recipe import resolve
+
+DTYPE: Final = "uint8"
+"""Of the imagery that models are trained on here."""
 
 
 class DataSets:
@@ -25,14 +30,50 @@ class DataSets:
             raise RecipeError(
                 f"site {unknown[0]!r} is to be held out but is in no tile set; the sites are {', '.join(sorted(known))}"
             )
-        for path, index in zip(self.paths, self.indexes, strict=True):
-            for gsd_m in sorted(set(index["gsd_m"])):
-                low, high = recipe.model.gsd_range_m
-                if not low <= gsd_m <= high:
-                    raise RecipeError(
-                        f"{path} has a GSD of {gsd_m:g} m, outside gsd_range_m {low:g} to {high:g} of the model; "
-                        f"widen the range or leave the set out"
-                    )
+        for which in range(len(self.paths)):
+            self._check_fits(which)
+
+    def _check_fits(self, which: int) -> None:
+        """Refuses a set that the model could not be trained on, before anything is computed.
+
+        Bands, type and values are looked at on the first chip of the set; every other chip is looked at when it is read.
+        """
+        path, index, model = self.paths[which], self.indexes[which], self.recipe.model
+        low, high = model.gsd_range_m
+        for gsd_m in sorted(set(index["gsd_m"])):
+            if not low <= gsd_m <= high:
+                raise RecipeError(
+                    f"{path} has a GSD of {gsd_m:g} m, outside gsd_range_m {low:g} to {high:g} of the model; "
+                    f"widen the range, build the set again with a gsd_m inside it, or leave the set out"
+                )
+        used = index[~index["site"].isin(list(self._excluded(which, held_out=False)))].sort_values("id")
+        if used.empty:
+            return
+        if not (used["valid_fraction"] > 0).any():
+            raise RecipeError(
+                f"{path} has {len(used)} chips and not one pixel with a known height; "
+                f"look at them with `canopy tile inspect {path}`, or leave the set out"
+            )
+        first = path / "image" / f"{used['id'].iloc[0]}.tif"
+        with open_raster(first) as raster:
+            names, count, dtype = raster.band_names, raster.count, raster.dtype
+        wanted = ", ".join(model.bands)
+        if count != len(model.bands):
+            raise RecipeError(
+                f"{path} has chips of {count} bands, but the model takes {len(model.bands)} ({wanted}); "
+                f"set `bands` of the tile set's recipe and build it again, or set model.bands to what the chips hold"
+            )
+        # Names are compared where the chips carry some of those the model uses; others say nothing about the order.
+        given = tuple((name or "").casefold() for name in names)
+        if set(given) & {band.casefold() for band in model.bands} and given != tuple(b.casefold() for b in model.bands):
+            raise RecipeError(
+                f"{path} has chips of the bands {', '.join(given)}, but the model takes {wanted} in this order; "
+                f"set `bands` of the tile set's recipe and build it again, or set model.bands to what the chips hold"
+            )
+        if dtype != DTYPE:
+            raise RecipeError(
+                f"{path} has chips of {dtype}, but the model takes {DTYPE}; rescale the imagery and build the set again"
+            )
 
     def _excluded(self, which: int, *, held_out: bool) -> tuple[str, ...]:
         """The sites of a set not to use; those held out among them when asked for."""
@@ -122,8 +163,8 @@ class DataSets:
         )  # fmt: skip
         return Contract(
             **fields,
-            network=model.network,
-            dtype="uint8",
+            network=model.architecture(),
+            dtype=DTYPE,
             training=Training(
                 sites=tuple(sorted(footprints)),
                 tile_sets={path.name: tile_set_hash(path) for path in trained},

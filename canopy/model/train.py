@@ -291,7 +291,7 @@ class HeightLearner(lightning.LightningModule):
         if self._empty_in_a_row == EMPTY_STEPS:
             raise RecipeError(
                 f"{EMPTY_STEPS} steps in a row, up to {self.global_step + 1}, had no valid pixel ({self.batch}); "
-                f"{self._kept()}; look at the heights and the imagery of that tile set with `canopy inspect`"
+                f"{self._kept()}; look at the heights and the imagery of that tile set with `canopy tile inspect`"
             )
         if empty and rank() == 0:
             say(f"step {self.global_step + 1} has no valid pixel, the {self._empty_steps}. one without ({self.batch})")
@@ -448,9 +448,9 @@ def _started_network(recipe: TrainingRecipe, folder: Path) -> HeightNetwork:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         if model.pretrained:
-            network, start = pretrained(model.network, bands=model.bands)
+            network, start = pretrained(model.architecture(), bands=model.bands)
         else:
-            network, start = HeightNetwork(model.network), Start()
+            network, start = HeightNetwork(model.architecture()), Start()
     if model.start_from is not None:
         before = load_model(resolve(model.start_from, folder))
         start = start_from(
@@ -474,7 +474,7 @@ def _adapt(network: HeightNetwork, recipe: TrainingRecipe, new_bands: Sequence[s
 def _empty_network(recipe: TrainingRecipe) -> HeightNetwork:
     """An adapted network whose weights are to come from a checkpoint, so that nothing is fetched for it."""
     with torch.random.fork_rng(devices=[]):
-        network = HeightNetwork(recipe.model.network)
+        network = HeightNetwork(recipe.model.architecture())
     _adapt(network, recipe)
     return network
 
@@ -600,7 +600,7 @@ def _trainer(
         ) from error
     if batch_norm and trainer.world_size > 1 and (optim.strategy == "fsdp" or trainer.strategy.root_device.type == "cpu"):
         raise RecipeError(
-            f"backbone {recipe.model.network.backbone!r} has batch norms, whose statistics {trainer.world_size} processes "
+            f"backbone {network.config.backbone!r} has batch norms, whose statistics {trainer.world_size} processes "
             f"share only on GPUs with strategy ddp; choose that, one process, or a backbone with layer norms"
         )
     return trainer
