@@ -650,10 +650,12 @@ def _moments(blocks: Sequence[HeightSums]) -> NDArray[np.float64]:
 
 def _measures(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     n, error, absolute, square, first, second = sums.T
-    with np.errstate(divide="ignore", invalid="ignore"):  # a resample of blocks without a pixel has no measure: NaN
-        return {
-            "mae_m": absolute / n,
-            "rmse_m": np.sqrt(square / n),
-            "bias_m": error / n,
-            "r2": np.where(n > 0, 1 - square / (second - first**2 / n), np.nan),
-        }
+    # A resample of blocks without a pixel has no measure, and one of flat blocks no R²: NaN, as in `HeightSums`.
+    n = np.where(n > 0, n, np.nan)
+    deviation = second - first**2 / n
+    return {
+        "mae_m": absolute / n,
+        "rmse_m": np.sqrt(square / n),
+        "bias_m": error / n,
+        "r2": 1 - square / np.where(deviation > 0, deviation, np.nan),
+    }

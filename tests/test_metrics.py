@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.ndimage import sobel
+from scipy.stats import bootstrap
 from sklearn.metrics import jaccard_score, mean_absolute_error, r2_score, root_mean_squared_error
 
 from canopy.metrics import (
@@ -17,10 +19,13 @@ from canopy.metrics import (
     BlockSums,
     ClassSums,
     CoverCounts,
+    EdgeSums,
     HeightSums,
     IntervalSums,
+    block_bootstrap,
     by_class,
     class_index,
+    slope,
 )
 
 
@@ -309,3 +314,154 @@ def test_blocks_of_another_size_do_not_add():
         BlockSums.zero(block_m=30, gsd_m=1.0) + BlockSums.zero(block_m=30, gsd_m=0.5)
     with pytest.raises(AssertionError, match="smaller than a pixel"):
         BlockSums.zero(block_m=1, gsd_m=10.0)
+
+
+# --- edges
+
+
+@pytest.mark.parametrize("gsd_m", [1.0, 0.5])
+def test_slope_equals_scipy_and_that_of_a_plane(gsd_m):
+    surface = np.random.default_rng(3).gamma(2.0, 6.0, (17, 23))
+    expected = np.hypot(sobel(surface, axis=0), sobel(surface, axis=1)) / 8 / gsd_m
+    np.testing.assert_allclose(slope(surface, gsd_m)[1:-1, 1:-1], expected[1:-1, 1:-1], rtol=1e-12)
+    rows, cols = np.mgrid[:6, :7]
+    np.testing.assert_allclose(slope(3 * rows + 4 * cols, gsd_m)[1:-1, 1:-1], 5 / gsd_m)
+    assert np.isnan(slope(surface, gsd_m)).sum() == 17 * 23 - 15 * 21
+    assert np.isnan(slope(surface[:2], gsd_m)).all()
+
+
+def test_edges_by_hand():
+    """A step of 8 m: 8 / 2 pixels / 0.5 m on either side of it, and nothing elsewhere."""
+    reference = np.zeros((5, 8))
+    reference[:, 4:] = 8.0
+    sums = EdgeSums.of(reference / 2, reference, gsd_m=0.5)
+    assert sums == EdgeSums(n=18, difference_sum=-24.0, absolute_sum=24.0, reference_sum=48.0)
+    assert (sums.error, sums.bias, sums.reference_mean) == (24 / 18, -24 / 18, 48 / 18)
+    # A step in the wrong place is wrong twice, and no bias.
+    moved = np.roll(reference, 2, axis=1)
+    moved[:, :2] = 0
+    shifted = EdgeSums.of(moved, reference, gsd_m=0.5)
+    assert shifted.bias == 0
+    assert shifted.error == 2 * shifted.reference_mean
+    assert math.isnan(EdgeSums().error)
+
+
+def test_edges_leave_out_the_rim_of_what_is_unknown():
+    prediction, reference = np.random.default_rng(0).gamma(2.0, 6.0, (2, 9, 9))
+    hole, gap = reference.copy(), prediction.copy()
+    hole[4, 4] = np.nan
+    gap[4, 4] = np.nan
+    whole = EdgeSums.of(prediction, reference, gsd_m=1.0)
+    assert (whole.n, whole.n_missing) == (49, 0)
+    assert EdgeSums.of(prediction, hole, gsd_m=1.0).n == 40
+    missing = EdgeSums.of(gap, reference, gsd_m=1.0)
+    assert (missing.n, missing.n_missing) == (40, 9)
+    valid = np.ones((9, 9), bool)
+    valid[4, 4] = False
+    assert EdgeSums.of(prediction, reference, valid, gsd_m=1.0) == EdgeSums.of(prediction, hole, gsd_m=1.0)
+    # The kernels do not read their centre, yet a pixel without a height has no slope.
+    assert np.isnan(slope(hole, 1.0)[4, 4])
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(2, 30))
+def test_edges_of_tiles_with_a_rim_are_those_of_the_whole(seed, row, col):
+    prediction, reference, valid = scene(seed, (41, 31))
+    whole = EdgeSums.of(prediction, reference, valid, gsd_m=0.6)
+    parts = []
+    for rows in (slice(0, row), slice(row, 41)):
+        for cols in (slice(0, col), slice(col, 31)):
+            wide = slice(max(rows.start - 1, 0), rows.stop + 1), slice(max(cols.start - 1, 0), cols.stop + 1)
+            counted_px = np.zeros((41, 31), bool)
+            counted_px[rows, cols] = True
+            arrays = (prediction[wide], reference[wide], valid[wide])
+            parts.append(EdgeSums.of(*arrays, gsd_m=0.6, counted=counted_px[wide]))
+    assert close(tree_sum(parts), whole)
+    # Without the rim, pixels at the seams would be lost.
+    cut = EdgeSums.of(prediction[:row], reference[:row], valid[:row], gsd_m=0.6)
+    cut += EdgeSums.of(prediction[row:], reference[row:], valid[row:], gsd_m=0.6)
+    assert cut.n <= whole.n
+
+
+# --- the block bootstrap
+
+
+def errors(rng, blocks=12, px=50, alike=2.0):
+    """Sums of blocks whose errors have a part of their own and one that the whole block shares."""
+    found = []
+    for _ in range(blocks):
+        reference = rng.gamma(2.0, 6.0, px)
+        found.append(HeightSums.of(reference + rng.normal(0, alike) + rng.normal(0, 1.0, px), reference))
+    return found
+
+
+def test_bootstrap_equals_scipy():
+    blocks = errors(np.random.default_rng(5))
+    (resampled,) = block_bootstrap(blocks, generator=np.random.default_rng(0), resamples=20_000)
+
+    def measure(name):
+        def of(index):
+            return getattr(sum((blocks[int(k)] for k in index), HeightSums()), name)
+
+        return of
+
+    for name in ("mae_m", "bias_m", "r2"):
+        expected = bootstrap(
+            (np.arange(12.0),), measure(name), n_resamples=1000, method="percentile", vectorized=False, rng=1
+        ).confidence_interval
+        width = expected.high - expected.low
+        np.testing.assert_allclose(resampled.interval(name), tuple(expected), atol=0.1 * width)
+        assert resampled.interval(name, 0.5)[1] < expected.high - 0.1 * width  # and it can tell intervals apart
+
+
+def test_every_resample_has_the_measures_of_its_blocks():
+    blocks = errors(np.random.default_rng(6), blocks=4)
+    resampled, again = block_bootstrap(blocks, blocks, generator=np.random.default_rng(3), resamples=50)
+    times = np.random.default_rng(3).multinomial(4, np.full(4, 1 / 4), size=50)
+    for k, counts in enumerate(times):
+        drawn = sum((block for block, n in zip(blocks, counts, strict=True) for _ in range(n)), HeightSums())
+        for name in ("mae_m", "rmse_m", "bias_m", "r2"):
+            assert resampled.values[name][k] == pytest.approx(getattr(drawn, name), rel=1e-9, abs=1e-9)
+    assert all(not (resampled - again).values[name].any() for name in resampled.values)
+
+
+def test_intervals_hold_the_truth_and_those_of_single_pixels_do_not():
+    """Blocks that share an error: what their bootstrap says of the bias is right, what single pixels say is far too sure."""
+    rng = np.random.default_rng(11)
+    held, held_by_pixels = 0, 0
+    for _ in range(100):
+        error = rng.normal(0, 2.0, 25)[:, None] + rng.normal(0, 1.0, (25, 8))
+        blocks = [HeightSums.of(e, np.zeros(8)) for e in error]
+        single = [HeightSums(n=1, error_sum_m=e) for e in error.ravel()]
+        (by_block,) = block_bootstrap(blocks, generator=rng, resamples=300)
+        (by_pixel,) = block_bootstrap(single, generator=rng, resamples=300)
+        low, high = by_block.interval("bias_m")
+        held += low <= 0 <= high
+        low, high = by_pixel.interval("bias_m")
+        held_by_pixels += low <= 0 <= high
+    assert 0.86 <= held / 100 <= 0.99
+    assert held_by_pixels / 100 < 0.7
+
+
+def test_differences_are_paired():
+    """Two maps that fail at the same places: their difference is surer than either."""
+    rng = np.random.default_rng(2)
+    hard = rng.gamma(1.0, 5.0, 25)
+    one = [HeightSums.of(rng.normal(0, h, 200), np.zeros(200)) for h in hard]
+    other = [HeightSums.of(rng.normal(0, h + 0.5, 200), np.zeros(200)) for h in hard]
+    a, b = block_bootstrap(one, other, generator=np.random.default_rng(0))
+    low, high = (a - b).interval("mae_m")
+    assert high < 0
+    assert high - low < 0.2 * np.subtract(*a.interval("mae_m")[::-1])
+    (c,) = block_bootstrap(other, generator=np.random.default_rng(1))  # other draws: not paired, and nothing can be said
+    assert (a - c).interval("mae_m")[1] > 0
+
+
+def test_one_block_has_no_interval_and_neither_has_r2_of_flat_ground():
+    (alone,) = block_bootstrap(errors(np.random.default_rng(0), 1), generator=np.random.default_rng(0))
+    assert all(math.isnan(end) for end in alone.interval("mae_m"))
+    flat = [HeightSums.of([1.0, 2.0], [0.0, 0.0]), HeightSums.of([1.0, 5.0], [0.0, 3.0])]
+    (resampled,) = block_bootstrap(flat, generator=np.random.default_rng(0))
+    assert math.isfinite(resampled.interval("mae_m")[0])
+    assert not math.isfinite(resampled.interval("r2")[0])
+    with pytest.raises(AssertionError, match="not pairs"):
+        block_bootstrap(flat, flat[:1], generator=np.random.default_rng(0))
