@@ -23,7 +23,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.ndimage import gaussian_filter
 from scipy.special import expit, ndtri
 from torch.nn.functional import interpolate
-from torchvision.io import decode_jpeg, encode_jpeg
 
 T = TypeVar("T", bound=np.generic)
 
@@ -394,6 +393,9 @@ def _code(image: NDArray[T], valid: NDArray[np.bool_] | None, light: Light) -> N
 
     Where there is no imagery the blocks hold the mean, so that its edge does not ring more than any other.
     """
+    # Torchvision brings all its models and torch's compiler: seconds and 300 MB that a loader process can do without.
+    from torchvision.io import decode_jpeg, encode_jpeg
+
     assert image.dtype == np.uint8, "JPEG holds 8 bits"
     filled: NDArray[Any] = image
     if valid is not None:
