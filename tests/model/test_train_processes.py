@@ -1,7 +1,9 @@
 """Training in real processes: two of them are one, and whatever ends a process, the run goes on as if nothing had."""
 
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -11,19 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from canopy.model import train as training
 from canopy.model.checkpoints import checkpoints
+from canopy.model.package import load_model
+from tests.model.train_driver import run, start
 from tests.model.training import curve, make_tile_sets, recipe, same, weights
 
 ROOT = Path(__file__).parents[2]
-DRIVER = "tests.model.train_driver"
 
 LOSS_TOLERANCE = 1e-5
 """Relative: sums in float32 in another order."""
 WEIGHT_TOLERANCE = 1e-4
-"""Absolute, of weights of about 0.3: Adam divides tiny gradients by their size, so rounding in them counts in full."""
+"""Absolute, of weights of about 0.1: Adam divides gradients by their size, so rounding in tiny ones counts in full."""
 
 PVT = {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 16, 16], "num_heads": [1, 1, 2, 2]}
+"""Without drop path, which each process would draw for itself."""
 VIT = {
     "backbone": "vit_tiny_patch16_224",
     "backbone_options": {"depth": 4, "embed_dim": 32, "num_heads": 2},
@@ -37,142 +40,239 @@ def tile_sets(tmp_path_factory) -> Path:
     return make_tile_sets(tmp_path_factory.mktemp("tiles"), voids=0.4)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def run_of(out: Path) -> Path:
+    return out.parent / "runs" / out.name
 
 
-def start(*words: str | Path, processes: int = 1) -> subprocess.Popen:
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    return subprocess.Popen(
-        [*command, DRIVER, *map(str, words)], cwd=ROOT, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-
-
-def run(*words: str | Path, processes: int = 1) -> tuple[int, str]:
-    """Exit status and output."""
-    process = start(*words, processes=processes)
-    output, _ = process.communicate(timeout=600)
-    return process.returncode, output
-
-
-def alone(path: Path, monkeypatch) -> Path:
-    """Train in this process; the run folder."""
-    monkeypatch.setattr(training, "finish", lambda *_, out, **__: out)
-    training.train(path, out=path.parent / "model")
-    return path.parent / "runs" / "model"
-
-
-def far(one: Path, other: Path) -> tuple[float, float]:
-    """Largest relative difference of the loss curves, and largest difference of weights and averages."""
-    a, b = curve(one), curve(other)
+def far(one: Path, other: Path, first: int = 0) -> tuple[float, float]:
+    """Largest relative difference of the loss curves from step `first`, and largest difference of weights and averages."""
     w, v = weights(one), weights(other)
     assert w.keys() == v.keys()
     names = [name for name in w if not name.startswith("optimiser.")]
-    return float(np.max(np.abs(a / b - 1))), max(float((w[n] - v[n]).abs().max()) for n in names)
+    loss = np.abs(curve(one)[first:] / curve(other, first) - 1).max()
+    return float(loss), max(float((w[name] - v[name]).abs().max()) for name in names)
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_the_same_batch(tile_sets, tmp_path, monkeypatch):
+def test_two_processes_are_one_with_the_same_batch(tile_sets, tmp_path):
     changes = {"model__network__backbone_options": PVT, "optim__devices": "auto", "optim__steps": 8}
-    one = alone(recipe(tile_sets, tmp_path / "one", **changes), monkeypatch)
-    two = recipe(tile_sets, tmp_path / "two", **changes)
-    status, output = run(two, tmp_path / "two" / "model", processes=2)
-    assert status == 0, output
-    loss, weight = far(one, tmp_path / "two" / "runs" / "model")
+    path = recipe(tile_sets, tmp_path, **changes)
+    outs = {name: tmp_path / name / "model" for name in ("one", "two", "own")}
+    for out in outs.values():
+        out.parent.mkdir()
+    assert run(path, outs["one"])[0] == [0]
+    statuses, said = run(path, outs["two"], processes=2)
+    assert statuses == [0, 0], said
+    loss, weight = far(run_of(outs["one"]), run_of(outs["two"]))
     assert loss < LOSS_TOLERANCE
     assert weight < WEIGHT_TOLERANCE
     # The negative control: each process divides by its own count of valid pixels.
-    status, output = run(two, tmp_path / "own" / "model", "--own-sums", processes=2)
-    assert status == 0, output
-    loss, weight = far(one, tmp_path / "own" / "runs" / "model")
+    assert run(path, outs["own"], processes=2, own_sums=True)[0] == [0, 0]
+    loss, weight = far(run_of(outs["one"]), run_of(outs["own"]))
     assert loss > 100 * LOSS_TOLERANCE
     assert weight > WEIGHT_TOLERANCE
 
 
 @pytest.mark.slow
-def test_parted_weights_are_whole_ones_and_any_number_of_processes_goes_on(tile_sets, tmp_path, monkeypatch):
+def test_parted_weights_are_whole_ones_and_any_number_of_processes_goes_on(tile_sets, tmp_path):
     changes = {
         "model__network": VIT,
         "tuning": {"backbone": "lora", "lora_rank": 2, "checkpointing": True, "layer_decay": 0.8},
         "optim__devices": "auto",
         "optim__accumulate": 1,
     }
-    one = alone(recipe(tile_sets, tmp_path / "one", **changes), monkeypatch)
-    two = recipe(tile_sets, tmp_path / "two", **changes, optim__strategy="fsdp")
-    out = tmp_path / "two" / "model"
-    # A signal to one process stops both, in the same step.
-    status, output = run(two, out, "--accident", "SIGTERM", "--batch", "1", "--rank", "1", processes=2)
-    assert status != 0
-    assert "training stopped at step 2 of 6" in output
-    assert "SIGTERM" in output
-    assert "Traceback (most recent call last)" not in output.split("torch.distributed.elastic")[0]
-    status, output = run(two, out, "--resume-if-any", processes=2)
-    assert status == 0, output
-    assert "from step 2 to 6" in output
-    there = tmp_path / "two" / "runs" / "model"
-    w, v = weights(one), weights(there)
-    assert w.keys() == v.keys()
-    assert all("_orig_mod" not in name for name in w)
-    difference = max(float((w[n] - v[n]).abs().max()) for n in w if not n.startswith("optimiser."))
-    loss = np.max(np.abs(curve(there, first=2) / curve(one)[2:] - 1))
+    one, two = tmp_path / "one" / "model", tmp_path / "two" / "model"
+    path = recipe(tile_sets, one.parent, **changes)
+    parted = recipe(tile_sets, two.parent, **changes, optim__strategy="fsdp")
+    assert run(path, one)[0] == [0]
+    # A signal to one process stops both, after the same step.
+    statuses, said = run(parted, two, processes=2, accident=("SIGTERM", 1, 1))
+    assert statuses == [1, 1], said
+    assert said.count("line: training stopped at step 2 of 6; go on with --resume") == 2
+    assert "by SIGTERM, checkpoint written" in said
+    statuses, said = run(parted, two, processes=2, resume_if_any=True)
+    assert statuses == [0, 0], said
+    assert "from step 2 to 6 on cpu, 2 processes" in said
+    there = run_of(two)
+    assert not any("_orig_mod" in name for name in weights(there))
+    loss, weight = far(run_of(one), there, first=2)
     assert loss < LOSS_TOLERANCE
-    assert difference < WEIGHT_TOLERANCE
-    # One process goes on from a checkpoint of two.
+    assert weight < WEIGHT_TOLERANCE
+    # One process, without parts, goes on from the checkpoint of two.
     checkpoints(there)[0].unlink()
-    last = checkpoints(there)[0]
-    assert last.name == "step-0000003.ckpt"
-    monkeypatch.setattr(training, "finish", lambda *_, out, **__: out)
-    again = recipe(tile_sets, tmp_path / "two", **changes)
-    training.train(again, out=out, resume=there)
-    assert max(float((w[n] - v[n]).abs().max()) for n in w if not n.startswith("optimiser.")) < WEIGHT_TOLERANCE
-    assert np.max(np.abs(curve(there, first=3) / curve(one)[3:] - 1)) < LOSS_TOLERANCE
+    assert checkpoints(there)[0].name == "step-0000003.ckpt"
+    statuses, said = run(path, two, resume=there)
+    assert statuses == [0], said
+    loss, weight = far(run_of(one), there, first=3)
+    assert loss < LOSS_TOLERANCE
+    assert weight < WEIGHT_TOLERANCE
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tile_sets, tmp_path, monkeypatch):
-    changes = {"optim__steps": 8, "optim__checkpoint_every": 2}
-    whole = alone(recipe(tile_sets, tmp_path / "whole", **changes), monkeypatch)
-    path = recipe(tile_sets, tmp_path / "killed", **changes)
-    out, there = tmp_path / "killed" / "model", tmp_path / "killed" / "runs" / "model"
-    # Whenever it happens to have written its first checkpoint: nobody knows what it was doing then.
-    process = start(path, out)
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tile_sets, tmp_path):
+    path = recipe(tile_sets, tmp_path, optim__steps=8, optim__checkpoint_every=2)
+    whole, out = tmp_path / "whole" / "model", tmp_path / "killed" / "model"
+    whole.parent.mkdir()
+    out.parent.mkdir()
+    there = run_of(out)
+    assert run(path, whole)[0] == [0]
+    # Whenever it happens to have written its first checkpoint: nobody knows what it is doing then.
+    (worker,) = start(path, out, out.parent / "log")
     deadline = time.monotonic() + 300
     while not checkpoints(there):
-        assert process.poll() is None, process.communicate()[0]
+        assert worker.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    # In the middle of a step: the second of its two batches.
+    worker.kill()
+    worker.join()
     first = int(checkpoints(there)[0].stem.removeprefix("step-"))
-    status, output = run(path, out, "--resume-if-any", "--accident", "SIGKILL", "--batch", "3")
-    assert status == -signal.SIGKILL, output
-    # And half a checkpoint, as after a kill of the machine.
+    # In the middle of a step: before the second of its two batches.
+    statuses, said = run(path, out, resume_if_any=True, accident=("SIGKILL", 3, 0))
+    assert statuses == [-signal.SIGKILL], said
+    # And half a checkpoint, as after a crash of the machine.
     newest = checkpoints(there)[0]
-    damaged = newest.with_name(f"step-{first + 2:07d}.ckpt")
+    damaged = newest.with_name("step-0000007.ckpt")
     damaged.write_bytes(newest.read_bytes()[:-1000])
-    partial = newest.with_name(".step-0000099.ckpt.partial")
+    partial = newest.with_name(".step-0000009.ckpt.partial")
     partial.write_bytes(b"half")
-    status, output = run(path, out, "--resume-if-any")
-    assert status == 0, output
-    assert f"{damaged} is damaged" in output
-    assert f"from step {first} to 8" in output
+    statuses, said = run(path, out, resume_if_any=True)
+    assert statuses == [0], said
+    assert f"{damaged} is damaged" in said
+    assert f"from step {first} to 8" in said
     assert not partial.exists()
-    assert same(weights(there), weights(whole))
-    assert torch.equal(torch.tensor(curve(there, first)), torch.tensor(curve(whole)[first:]))
+    assert same(weights(there), weights(run_of(whole)))
+    assert torch.equal(torch.tensor(curve(there, first)), torch.tensor(curve(run_of(whole))[first:]))
 
 
 @pytest.mark.slow
-def test_a_number_that_is_none_stops_all_processes_and_spares_the_checkpoint(tile_sets, tmp_path):
-    path = recipe(tile_sets, tmp_path, optim__devices="auto", optim__accumulate=1, optim__checkpoint_every=2)
-    status, output = run(path, tmp_path / "model", "--accident", "nan", "--batch", "3", "--rank", "1", processes=2)
-    assert status != 0
-    lines = [line for line in output.splitlines() if "line: step 4 has a loss or a gradient that is no number" in line]
-    assert len(lines) == 2, output
-    assert "step-0000002.ckpt, is kept" in lines[0]
-    kept = weights(tmp_path / "runs" / "model")
-    assert all(value.isfinite().all() for value in kept.values())
+def test_what_ends_all_processes_leaves_a_line_and_the_checkpoint(tile_sets, tmp_path):
+    changes = {"optim__devices": "auto", "optim__accumulate": 1, "optim__checkpoint_every": 2}
+    path = recipe(tile_sets, tmp_path, **changes)
+    out = tmp_path / "model"
+    statuses, said = run(path, out, processes=2, accident=("nan", 3, 1))
+    assert statuses == [1, 1], said
+    assert said.count("line: step 4 has a loss or a gradient that is no number") == 2
+    assert "step-0000002.ckpt, is kept" in said
+    assert all(value.isfinite().all() for value in weights(run_of(out)).values())
+    statuses, said = run(path, out, resume_if_any=True, accident=("memory", 0, 0))
+    assert statuses == [1], said
+    assert "line: out of memory in the step after 2" in said
+    assert "go on with --resume" in said
+    statuses, said = run(path, out, resume_if_any=True, accident=("SIGINT", 0, 0))
+    assert statuses == [130], said
+    assert "training stopped at step 3 of 6; go on with --resume" in said
+    assert checkpoints(run_of(out))[0].name == "step-0000003.ckpt"
+    # A batch that two processes cannot share.
+    statuses, said = run(recipe(tile_sets, tmp_path, optim__devices="auto"), out.parent / "odd", processes=3)
+    assert statuses == [1, 1, 1]
+    assert said.count("line: a batch of 2 samples") == 3, said
+
+
+# --- SLURM ---------------------------------------------------------------------------------------------------------------
+
+SRUN = """#!{python}
+'''What srun does: as many tasks as the job has, each with its variables; the first that fails ends the others.'''
+import os, subprocess, sys, time
+words = [word for word in sys.argv[1:] if not word.startswith("--")]
+nodes, each = int(os.environ["SLURM_NNODES"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
+tasks = []
+for rank in range(nodes * each):
+    step = {{
+        "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": nodes * each, "SLURM_STEP_NUM_NODES": nodes,
+        "SLURM_STEP_TASKS_PER_NODE": f"{{each}}(x{{nodes}})" if nodes > 1 else each, "SLURM_PROCID": rank,
+        "SLURM_LOCALID": rank % each, "SLURM_NODEID": rank // each,
+    }}
+    tasks.append(subprocess.Popen(words, env=os.environ | {{key: str(value) for key, value in step.items()}}))
+with open(os.environ["TASKS"], "w") as file:
+    file.write(" ".join(str(task.pid) for task in tasks))
+while any(task.poll() is None for task in tasks):
+    if any(task.poll() not in (None, 0) for task in tasks):
+        time.sleep(20)
+        for task in tasks:
+            task.kill()
+    time.sleep(0.1)
+sys.exit(max(abs(task.returncode) for task in tasks))
+"""
+
+SCONTROL = """#!/bin/sh
+echo "$*" >> "$REQUESTS"
+"""
+
+
+def executable(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def job(script: Path, words: list[str | Path], folder: Path, *, nodes: int, tasks_per_node: int) -> subprocess.Popen:
+    """A job as sbatch starts it on its first node, with an srun that starts every task here."""
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    executable(programs / "srun", SRUN.format(python=sys.executable))
+    executable(programs / "scontrol", SCONTROL)
+    executable(programs / "canopy", f'#!/bin/sh\nexec {sys.executable} -m canopy "$@"\n')
+    environment = {
+        **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "TASKS": str(folder / "tasks"),
+        "REQUESTS": str(folder / "requests"), "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "canopy-train",
+        "SLURM_NTASKS": str(nodes * tasks_per_node), "SLURM_NTASKS_PER_NODE": str(tasks_per_node),
+        "SLURM_NNODES": str(nodes), "SLURM_NODELIST": "127.0.0.1", "SLURM_CPUS_PER_TASK": "1", "SLURM_PROCID": "0",
+    }  # fmt: skip
+    return subprocess.Popen(
+        ["bash", script, *words], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.mark.slow
+def test_a_job_out_of_time_is_requeued_and_ends_with_a_model(tile_sets, tmp_path):
+    changes = {"optim__devices": "auto", "optim__accumulate": 1, "optim__steps": 40, "optim__checkpoint_every": 1000}
+    path = recipe(tile_sets, tmp_path, **changes)
+    out, there = tmp_path / "model", tmp_path / "runs" / "model"
+    script = ROOT / "models" / "slurm" / "requeue.sbatch"
+    first = job(script, [path, "--out", out], tmp_path, nodes=2, tasks_per_node=1)
+    deadline = time.monotonic() + 600
+    while not list((there / "csv").glob("*/metrics.csv")):
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    # SLURM signals all tasks; here only the second hears it, which has to be enough.
+    os.kill(int((tmp_path / "tasks").read_text().split()[1]), signal.SIGUSR1)
+    said, _ = first.communicate(timeout=600)
+    assert first.returncode == 1, said
+    assert "by SIGUSR1, checkpoint written); job 4711 was requeued" in said
+    assert (tmp_path / "requests").read_text() == "requeue 4711\n"
+    assert "Traceback" not in said
+    (checkpoint,) = checkpoints(there)
+    step = int(checkpoint.stem.removeprefix("step-"))
+    assert 0 < step < 40
+    again = job(script, [path, "--out", out], tmp_path, nodes=2, tasks_per_node=1)
+    said, _ = again.communicate(timeout=900)
+    assert again.returncode == 0, said
+    assert f"from step {step} to 40 on cpu, 2 processes" in said
+    assert load_model(out).contract.training.sites == ("EAST", "WEST")
+
+
+SCRIPTS = sorted((ROOT / "models" / "slurm").glob("*.sbatch"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=[script.stem for script in SCRIPTS])
+def test_job_scripts_are_sound(script, tmp_path):
+    subprocess.run(["bash", "-n", script], check=True)
+    if checker := shutil.which("shellcheck"):
+        subprocess.run([checker, script], check=True)
+    lines = script.read_text().splitlines()
+    # sbatch stops looking for its lines at the first command.
+    command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not [line for line in lines[command:] if line.startswith("#SBATCH")]
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    executable(programs / "srun", '#!/bin/sh\necho "$@"\n')
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", script, "a recipe.toml", "--overwrite"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "canopy train a recipe.toml" in done.stdout
+    assert done.stdout.rstrip().endswith("--overwrite")
+    assert ("--resume-if-any" in done.stdout) == (script.stem == "requeue")
+    missing = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+    assert missing.returncode
+    assert "usage: sbatch" in missing.stderr
