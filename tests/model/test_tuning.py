@@ -17,6 +17,8 @@ import canopy.model.network
 from canopy.errors import ContractError, RecipeError
 from canopy.model.distribution import Bins
 from canopy.model.network import HeightNetwork, NetworkConfig
+from canopy.model.package import Contract, Training, load_model, save_model
+from canopy.model.train import train
 from canopy.model.tuning import (
     LowRank,
     Start,
@@ -29,6 +31,7 @@ from canopy.model.tuning import (
     start_from,
     summary,
 )
+from tests.model.test_train import recipe, tile_sets  # noqa: F401 - a fixture
 
 SMALL = {"decoder_channels": 8, "head_channels": 8, "bins": Bins(count=8)}
 PLAIN = {"depth": 6, "embed_dim": 24, "num_heads": 2}
@@ -491,7 +494,7 @@ def vit_of(count: int, role: str) -> HeightNetwork:
 
 def test_other_bins_restart_the_last_layer_alone_and_say_so():
     source = build(VIT, seed=5)
-    for changes in ({"bins": Bins(count=16)}, {"bins": Bins(count=8, max_m=30.0)}, {"normalisation": "relu_linear"}):
+    for changes in ({"bins": Bins(count=16)}, {"bins": Bins(count=8, max_m=30.0)}, {"normalisation": "linear"}):
         network = build(with_bands(VIT, BANDS["rgb"], **changes), seed=6)
         own = copy.deepcopy(network.state_dict())
         start = start_from(network, source.state_dict(), config=source.config, bands=BANDS["rgb"], start_bands=BANDS["rgb"])
@@ -685,3 +688,36 @@ def test_checkpointing_that_would_save_nothing_is_refused(monkeypatch, switch):
     monkeypatch.setattr(type(network.backbone.body), "set_grad_checkpointing", switch or refuse)
     with pytest.raises(RecipeError, match=r"'vit_tiny_patch16_224' cannot compute its blocks again.*checkpointing = false"):
         adapt(network, Tuning(checkpointing=True), generator())
+
+
+# --- a whole run
+
+
+@pytest.mark.slow
+def test_fine_tuning_a_model_folder_with_lora_gives_a_plain_model_folder(tile_sets, tmp_path):  # noqa: F811
+    options = {"depth": 4, "embed_dim": 32, "num_heads": 2, "init_values": 0.3}
+    network = {
+        "backbone": "vit_small_patch16_dinov3", "backbone_options": options, "taps": [0, 1, 2, 3], "align_corners": True,
+        "decoder_channels": 8, "head_channels": 8, "bins": {"count": 16, "max_m": 24.0, "spacing": "linear"},
+        "normalisation": "linear",
+    }  # fmt: skip
+    imported = build(NetworkConfig.model_validate(network))
+    contract = Contract(
+        name="imported", version="1", description="random", licence="none", network=imported.config, bands=BANDS["rgb"],
+        gsd_range_m=(0.4, 0.6), dtype="uint8", value_range=(0, 255), mean=(110.0, 135.0, 80.0), std=(40.0, 50.0, 20.0),
+        window_px=64, stride_px=48,
+        training=Training(sites=("ELSEWHERE",), tile_sets={}, recipe_sha256="0" * 64, footprints_deg=((0, 0, 1, 1),)),
+    )  # fmt: skip
+    pixels = torch.randint(0, 256, (3, 64, 96), generator=generator(), dtype=torch.uint8)
+    save_model(tmp_path / "imported", network=imported, contract=contract, card="", fixture_image=pixels)
+    path = recipe(tile_sets, tmp_path / "recipes", model__network=network, model__start_from="../imported", optim__steps=3)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('\n[tuning]\nbackbone = "lora"\nlora_rank = 4\nlora_layers = ["qkv"]\ncheckpointing = true\n')
+    folders = tmp_path / "imported", train(path)
+    before, after = (load_model(folder).network.state_dict() for folder in folders)
+    assert after.keys() == before.keys()
+    changed = before.keys() - bit_equal(before, after)
+    assert {name for name in changed if name.startswith("backbone.")} == {
+        f"backbone.body.blocks.{block}.attn.qkv.weight" for block in range(4)
+    }
+    assert {name.split(".")[0] for name in changed} == {"backbone", "reassemble", "decoder", "head"}
