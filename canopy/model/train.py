@@ -532,6 +532,7 @@ def fit(
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")
             warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen, and meant to be
             trainer.fit(learner, ckpt_path=checkpoint, weights_only=None if checkpoint is None else True)
     except SystemExit:
         # Lightning answers a second Ctrl-C with an exit of its own, without a word.
