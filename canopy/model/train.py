@@ -77,16 +77,16 @@ class MovingAverage:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
         self.network = network
+        self._stored = network.state_dict().keys()
         self.values = {name: value.detach().clone() for name, value in self._current()}
         """Name in the network's state dict -> average."""
 
     def _current(self) -> Iterator[tuple[str, Tensor]]:
-        stored = self.network.state_dict().keys()
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter.detach()
         for name, buffer in self.network.named_buffers():
-            if name in stored and buffer.is_floating_point():
+            if name in self._stored and buffer.is_floating_point():
                 yield name, buffer
 
     @torch.no_grad()
