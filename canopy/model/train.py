@@ -395,10 +395,11 @@ def train(
         raise RecipeError("--resume names a run and --resume-if-any takes the one that is there; give one of them")
     folder = recipe.resolve().parent
     out = folder.parent / settings.model.name if out is None else out
-    if rank() == 0 and out.exists() and not overwrite:
+    if out.exists() and not overwrite:  # in every process: none writes it before all have trained
         made = resume_if_any and (out / CONTRACT).is_file() and read_contract(out).training.recipe_sha256
         if made == settings.sha256():
-            say(f"{out} is there already, from this recipe")
+            if rank() == 0:
+                say(f"{out} is there already, from this recipe")
             return out
         raise OutputError(f"{out} exists; choose another folder with --out or replace it with --overwrite")
     here = processes(settings.optim)
