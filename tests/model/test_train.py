@@ -1,6 +1,7 @@
 """Training on scenes whose heights follow from their colours: it learns, resumes to the same bits, and reports honestly."""
 
 import csv
+import shutil
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from canopy.errors import OutputError, RecipeError
+from canopy.model import train as training
 from canopy.model.package import load_model, read_contract
 from canopy.model.recipe import Optim, read_recipe
 from canopy.model.train import MovingAverage, learning_rate_factor, train
@@ -123,6 +125,58 @@ def test_a_site_held_out_by_argument_is_not_trained_on(tile_sets, tmp_path):
     assert "WEST" in contract.metrics["sites"]
     with pytest.raises(RecipeError, match="'NORTH' is to be held out but is in no tile set"):
         train(path, out=tmp_path / "other", hold_out=["NORTH"])
+
+
+class Blind(Callback):
+    """Hides all labels of the first so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step < self.steps:
+            batch["valid"].zero_()
+
+
+def test_steps_without_a_valid_pixel_are_counted_and_then_given_up(tile_sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "finish", lambda *_, out, **__: out)
+    monkeypatch.setattr(training, "EMPTY_STEPS", 3)
+    train(recipe(tile_sets, tmp_path), out=tmp_path / "model", callbacks=[Blind(2)])
+    with (tmp_path / "runs" / "model" / "csv" / "from-0000000" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["train/empty_steps"]) for row in rows] == [1, 2, 2, 2, 2, 2]
+    assert float(rows[0]["train/loss"]) == 0.0
+    assert "step 2 has no valid pixel, the 2. one without" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match=r"3 steps in a row, up to 3, had no valid pixel"):
+        train(recipe(tile_sets, tmp_path), out=tmp_path / "blind", callbacks=[Blind(9)])
+
+
+def test_a_model_that_is_there_already_is_left_alone(whole, tile_sets, tmp_path, capsys):
+    path = recipe(tile_sets, tmp_path)
+    before = (whole / "model.toml").stat().st_mtime_ns
+    assert train(path, out=whole, resume_if_any=True) == whole
+    assert "is there already, from this recipe" in capsys.readouterr().err
+    assert (whole / "model.toml").stat().st_mtime_ns == before
+    with pytest.raises(OutputError, match="--overwrite"):  # another recipe's model is not taken for this one's
+        train(recipe(tile_sets, tmp_path, seed=9), out=whole, resume_if_any=True)
+    with pytest.raises(RecipeError, match="give one of them"):
+        train(path, out=tmp_path / "model", resume=tmp_path, resume_if_any=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_the_same_network(tile_sets, tmp_path, monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler: torch cannot compile for the CPU here")
+    monkeypatch.setattr(training, "finish", lambda *_, out, **__: out)
+    options = {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 16, 16], "num_heads": [1, 1, 2, 2]}  # without drop path
+    for name, compiled in (("plain", False), ("compiled", True)):
+        path = recipe(
+            tile_sets, tmp_path / name, model__network__backbone_options=options, optim__steps=2, optim__compile=compiled
+        )
+        train(path, out=tmp_path / name / "model")
+    one, other = (weights(tmp_path / name / "runs" / "model") for name in ("plain", "compiled"))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[key], other[key], rtol=1e-3, atol=1e-4) for key in one if "optimiser" not in key)
 
 
 # --- pure parts ----------------------------------------------------------------------------------------------------------
