@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from canopy.errors import CanopyError, ContractError
-from canopy.model.network import PATCH_PX, HeightNetwork, NetworkConfig
+from canopy.model.network import PATCH_PX, HeightNetwork, NetworkConfig, weights_to_come
 from canopy.model.package import Contract, Training, save_model
 
 _log = logging.getLogger(__name__)
@@ -468,7 +468,7 @@ class _Layout:
 
 def _network(checkpoint: _Checkpoint, layout: _Layout) -> HeightNetwork:
     """The network of `layout` with the checkpoint's weights, after every one of them was checked."""
-    with torch.random.fork_rng(devices=[]):  # the starting values are replaced; drawing them must leave no trace
+    with weights_to_come():
         network = HeightNetwork(layout.config)
     wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     named = {key for rule in layout.rules for key in rule.ours}
@@ -742,7 +742,9 @@ def _chmv2_hugging_face(checkpoint: _Checkpoint) -> _Layout:
     says = _HuggingFaceConfig(checkpoint)
     heads = int(says.backbone("num_attention_heads", 16))
     if width % heads:
-        raise ContractError(f"{checkpoint.config_path}: num_attention_heads {heads} does not divide the width {width}")
+        raise ContractError(
+            f"{checkpoint.config_path}: num_attention_heads {heads} does not divide the width {width}; download it again"
+        )
     taps = says.taps(depth)
     key_bias = any(
         bool(checkpoint.tensors[key].any())
@@ -801,11 +803,13 @@ class _HuggingFaceConfig:
         self.of_backbone: dict[str, Any] = backbone if isinstance(backbone, dict) else {}
         kind = self.of_backbone.get("model_type", "dinov3_vit")
         if kind != "dinov3_vit":
-            raise ContractError(f"{self.path}: backbone_config is of a {kind!r}, and CHMv2 has a dinov3_vit")
+            raise ContractError(
+                f"{self.path}: backbone_config is of a {kind!r} and not of a dinov3_vit; {_PUBLISHED['chmv2'].remedy}"
+            )
         for table, only in ((self.of_backbone, self.ONLY_BACKBONE), (self.of_head, self.ONLY_HEAD)):
             for key, value in only.items():
                 if table.get(key, value) != value:
-                    raise ContractError(f"{self.path}: {key} = {table[key]!r} cannot be imported, only {value!r}")
+                    raise ContractError(f"{self.path}: {key} = {table[key]!r} cannot be imported; CHMv2 has {value!r}")
 
     def backbone(self, key: str, default: float) -> float:
         """A number of backbone_config. `default` is that of a checkpoint without any backbone_config."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Self
 
 import timm
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from canopy.errors import ContractError, RecipeError
 from canopy.grid import TOTAL_STRIDE_PX
@@ -102,7 +104,8 @@ class Backbone(nn.Module):
             if strides[0] != PATCH_PX:
                 raise RecipeError(
                     f"backbone {config.backbone!r} has patches of {strides[0]} px, but windows are multiples of "
-                    f"{TOTAL_STRIDE_PX} px and need {PATCH_PX}; choose a ViT whose name says patch16"
+                    f"{TOTAL_STRIDE_PX} px and need {PATCH_PX}; choose a ViT whose name says patch16, or "
+                    f"resample its patches with backbone_options.patch_size = {PATCH_PX}"
                 )
             depth = len(info)
             self.taps = list(config.taps or [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)])
@@ -131,19 +134,16 @@ class Backbone(nn.Module):
     def forward(self, x_bchw: Tensor) -> tuple[list[Tensor], list[Tensor] | None]:
         """Four maps, finest first, and their class tokens (batch, channel) if any.
 
-        The maps are (batch, channel, row, col), those of a plain ViT with the channels of a pixel side by side in memory
-        (channels last), which is how its tokens lie there anyway.
+        The maps are (batch, channel, row, col), those of a ViT with a class token as a view of its tokens: the channels of a
+        pixel side by side in memory (channels last), as the decoder wants them.
         """
         options: dict[str, Any] = {"indices": self.taps, "norm": self.tap_norm, "intermediates_only": True}
-        if not self.is_plain:
+        if not self.has_class_token:
             return self.body.forward_intermediates(x_bchw, **options), None
         rows, cols = x_bchw.shape[2] // PATCH_PX, x_bchw.shape[3] // PATCH_PX
         pairs = self.body.forward_intermediates(x_bchw, return_prefix_tokens=True, output_fmt="NLC", **options)
-        if not self.has_class_token:
-            tokens = [pair[0] if isinstance(pair, tuple) else pair for pair in pairs]
-            return [_as_map(token_bld, rows, cols) for token_bld in tokens], None
+        maps = [token_bld.reshape(-1, rows, cols, token_bld.shape[-1]).permute(0, 3, 1, 2) for token_bld, _ in pairs]
         # timm puts the class token before any register tokens.
-        maps = [_as_map(token_bld, rows, cols) for token_bld, _ in pairs]
         return maps, [prefix_bld[:, 0] for _, prefix_bld in pairs]
 
     def _adjust(self, config: NetworkConfig) -> None:
@@ -196,10 +196,6 @@ class Backbone(nn.Module):
         expected = [(c, rows // s, cols // s) for c, s in zip(self.channels, strides, strict=True)]
         assert shapes == expected, f"{config.backbone}: maps {shapes}, expected {expected}"
         self.body.train()
-
-
-def _as_map(token_bld: Tensor, rows: int, cols: int) -> Tensor:
-    return token_bld.reshape(token_bld.shape[0], rows, cols, -1).permute(0, 3, 1, 2)
 
 
 class _CornerPositions(VisionTransformer):
@@ -427,6 +423,33 @@ class HeightNetwork(nn.Module):
     def distribution(self, x_bchw: Tensor) -> HeightDistribution:
         """The heights that the logits for `x_bchw` stand for."""
         return HeightDistribution.from_logits(self(x_bchw), self.config.bins, self.config.normalisation)
+
+
+_DRAWS = frozenset(
+    [Tensor.uniform_, Tensor.normal_, Tensor.erfinv_]
+    + [getattr(nn.init, f"{name}_") for name in ("uniform", "normal", "trunc_normal", "kaiming_uniform", "kaiming_normal")]
+    + [nn.init.xavier_uniform_, nn.init.xavier_normal_]
+)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Tensors that would be filled with random numbers keep what happens to be in memory."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return (*args, *kwargs.values())[0] if func in _DRAWS else func(*args, **kwargs)
+
+
+@contextmanager
+def weights_to_come() -> Iterator[None]:
+    """Networks built inside have no starting values, for weights that replace all of them; torch's generator is left alone.
+
+    Drawing them takes two thirds of the time of building a large network.
+    """
+    with torch.random.fork_rng(devices=[]), _NoDraws():
+        yield
 
 
 @torch.no_grad()

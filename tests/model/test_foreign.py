@@ -475,6 +475,7 @@ def refused(source, out, match, kind="chmv2"):
     with pytest.raises(CanopyError, match=match) as caught:
         foreign.import_model(kind, source, out)
     assert "\n" not in str(caught.value)
+    assert ";" in str(caught.value), "no remedy"
     assert not out.exists()
     assert not list(out.parent.glob(".*.partial"))
 
@@ -505,7 +506,7 @@ def test_tensors_that_do_not_fit_are_named(edit, match, hf, tmp_path):
         ({"model_type": "glpn"}, "is of a 'glpn' checkpoint, not chmv2"),
         ({"num_attention_heads": 5}, "does not divide the width 64"),
         ({"num_attention_heads": None}, "not a positive number"),
-        ({"hidden_act": "silu"}, "hidden_act = 'silu' cannot be imported, only 'gelu'"),
+        ({"hidden_act": "silu"}, "hidden_act = 'silu' cannot be imported; CHMv2 has 'gelu'"),
         ({"use_gated_mlp": True}, "use_gated_mlp"),
         ({"readout_type": "add"}, "readout_type"),
         ({"bins_strategy": "log"}, "bins_strategy 'log'"),

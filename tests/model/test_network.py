@@ -1,5 +1,7 @@
 """Shapes, refusals, starting values and the equivalences the decoder relies on, with small backbones of each family."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional
@@ -11,6 +13,7 @@ from canopy.model.network import (
     Fusion,
     HeightNetwork,
     NetworkConfig,
+    Readout,
     prior_over_bins,
 )
 
@@ -114,6 +117,82 @@ def test_a_backbone_that_cannot_work_is_refused_when_built(changes, message):
     with pytest.raises(RecipeError, match=message) as caught:
         build(PVT.model_copy(update=changes))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_small_patch16_dinov3", {}),
+        ("vit_small_plus_patch16_dinov3_qkvb", {}),
+        ("vit_large_patch16_dinov3_qkvb", {"num_reg_tokens": 2}),
+        ("vit_7b_patch16_dinov3", {}),
+        ("vit_small_patch14_reg4_dinov2", {"patch_size": 16}),
+        ("vit_base_patch16_siglip_224", {}),
+    ],
+)
+def test_vits_by_name_take_windows_of_any_multiple_of_the_total_stride(name, options):
+    small = {"depth": 4, "embed_dim": 48, "num_heads": 3, **options}
+    network = build(NetworkConfig(backbone=name, backbone_options=small, **SMALL)).eval()
+    with torch.no_grad():
+        for side in (32, 96, 224, 416):
+            logits = network(image(1, 3, side, 64))
+            assert logits.shape == (1, 16, side, 64)
+            assert logits.isfinite().all()
+
+
+def test_the_readout_is_one_layer_over_patch_and_class():
+    readout = Readout(12).eval()
+    x, token = image(2, 12, 3, 5), image(2, 12, seed=2)
+    weight = torch.cat([readout.patch.weight, readout.token.weight], dim=1)
+    joined = torch.cat([x.permute(0, 2, 3, 1), token[:, None, None].expand(2, 3, 5, 12)], dim=-1)
+    with torch.no_grad():
+        expected = functional.gelu(functional.linear(joined, weight, readout.patch.bias)).permute(0, 3, 1, 2)
+        torch.testing.assert_close(readout(x, token), expected)
+        assert not torch.allclose(readout(x, token.flip(0)), expected), "the control: another class token"
+
+
+def test_epsilon_and_periods_are_those_of_the_config():
+    periods = (1.0, 5.0, 25.0, 99.0)
+    plain = build(DINOV3)
+    network = build(DINOV3.model_copy(update={"norm_eps": 3e-4, "rope_periods": periods}))
+    eps = {m.eps for m in network.backbone.body.modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert eps == {3e-4}
+    assert network.state_dict().keys() == plain.state_dict().keys(), "they belong to the config, not to the weights"
+    for changed in (network, network.to(torch.bfloat16), copy.deepcopy(network), network.float()):
+        assert changed.backbone.body.rope.periods.tolist() == pytest.approx(periods)
+        assert changed.backbone.body.rope.periods.dtype == torch.float32
+    with torch.no_grad():
+        network.load_state_dict(plain.state_dict())
+        assert not torch.equal(network.eval()(image(1, 3, 64, 64)), plain.eval()(image(1, 3, 64, 64)))
+
+
+def test_positions_resized_on_their_corners_keep_them():
+    own = build(VIT.model_copy(update={"position_resize": "corners"})).eval()
+    timms = build(VIT).eval()
+    own.load_state_dict(timms.state_dict())
+    body = own.backbone.body
+    grid = body.pos_embed[:, 1:].unflatten(1, (14, 14))
+    for rows, cols in ((16, 20), (4, 6), (26, 26)):
+        resized = body._positions(rows, cols)[:, 1:].unflatten(1, (rows, cols))
+        for row, col in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+            torch.testing.assert_close(resized[:, row, col], grid[:, row, col], rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(own(image(1, 3, 224, 224)), timms(image(1, 3, 224, 224))), "its own size is not resized"
+        assert not torch.allclose(own(image(1, 3, 64, 96)), timms(image(1, 3, 64, 96)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (DINOV3, {"rope_periods": (1.0, 2.0)}, "rope_periods has 2 periods, backbone .* takes 4"),
+        (VIT, {"rope_periods": (1.0, 2.0)}, "takes 0"),
+        (DINOV3, {"position_resize": "corners"}, "is for ViTs with learned positions"),
+        (PVT, {"position_resize": "corners"}, "is for ViTs with learned positions"),
+    ],
+)
+def test_settings_that_a_backbone_has_no_use_for_are_refused(config, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        build(config.model_copy(update=changes))
 
 
 def test_default_taps_end_the_quarters_of_the_depth():
