@@ -304,7 +304,7 @@ def test_operations_are_those_of_the_layers():
     smaller = recipe.model.architecture().model_copy(update={"bins": Bins(count=16, max_m=64.0)})
     assert forward - forward_flop(HeightNetwork(smaller), 1, 64) == last_layer // 2
     frozen = recipe.model_copy(update={"tuning": recipe.tuning.model_copy(update={"backbone": "frozen"})})
-    assert training_flop(frozen, 1, 64) < 0.9 * whole
+    assert forward < training_flop(frozen, 1, 64) < 0.97 * whole  # most of the tiny network is decoder
 
 
 @pytest.mark.parametrize(
