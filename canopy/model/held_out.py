@@ -62,7 +62,7 @@ class About(_Value):
     weights_sha256: str
     """`weights_sha256` of the network."""
     tile_sets: dict[str, str]
-    """Name of each tile set of the recipe -> SHA-256 of its index."""
+    """Name of each tile set of the recipe that is not for scores only -> SHA-256 of its index."""
     trained_sites: tuple[str, ...]
     """Sites of the training chips, those of the model that training started from included."""
     start_sha256: str = ""
@@ -123,7 +123,8 @@ def write_held_out(run: Path, about: About, chips: Iterable[ChipResult]) -> Held
             f"cannot write {path} ({error.strerror}); free disk space and go on with --resume {run}"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        if run.is_dir():
+            part.unlink(missing_ok=True)
     return HeldOut(path=path, about=about)
 
 

@@ -67,7 +67,7 @@ def finish(
         name=recipe.model.name,
         training_sha256=training_sha256(recipe),
         weights_sha256=weights_sha256(network),
-        tile_sets={path.name: tile_set_hash(path) for path in sets.paths},
+        tile_sets={path.name: tile_set_hash(path) for path, s in zip(sets.paths, recipe.data.set, strict=True) if s.ships},
         trained_sites=contract.training.sites,
         start_sha256="" if start is None else start.weights_sha256,
         training_mean_m=0.0,
@@ -198,12 +198,16 @@ class _Judged:
         return sorted([*found, *rest], key=lambda score: order.index(score.how))
 
     def __iter__(self) -> Iterator[ChipResult]:
-        """All chips, marked with whether they calibrate."""
+        """All chips, marked with whether they calibrate or, if not, are looked at to measure the calibration.
+
+        Blocks of a site that calibrates by its fold do neither: they are no other place than the fit has seen.
+        """
         for fold in self.folds:
             yield from self._of_fold(fold)
         for chip in self.own:
-            blocks = chip.site in self.trained
-            yield replace(chip, calibrates=chip.calibrates and not (self.folds and blocks))
+            blocks = bool(self.folds) and chip.site in self.trained
+            apart = chip.site not in self.recipe.evaluate.folds
+            yield replace(chip, calibrates=chip.calibrates and not blocks, scores=chip.scores and apart)
 
     def _of_fold(self, fold: HeldOut) -> Iterator[ChipResult]:
         """The chips of a fold's site. They calibrate where the recipe lets chips of their set do so, and are all scored."""
