@@ -19,13 +19,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.functional import avg_pool2d, conv2d, pad, unfold
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -135,18 +134,33 @@ def curriculum(step: int, steps: int, config: LossConfig) -> LossWeights:
     )
 
 
+class _OverProcesses(torch.autograd.Function):
+    """Sum over all processes, of the values going forward and of the gradients going back."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_ctx: Any, *gradient: Tensor) -> Tensor:
+        total = gradient[0].clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
 def over_processes(x: Tensor) -> Tensor:
     """The sum of `x` over all processes that train together, differentiable.
 
-    The backward pass sums the gradients of all processes too, so each gets the derivative of the sum of all their (equal)
-    losses: as many times too much as there are processes, which the average that DDP and FSDP take puts right. Why not
-    multiply by the number of processes without asking the others: a mean that goes into a further sum, as in a variance,
-    is used by all of them, and each knows its own use only.
+    Each process gets the derivative of the sum of all their (equal) losses: as many times too much as there are processes,
+    which the average that DDP and FSDP take puts right. Why not multiply by the number of processes without asking the
+    others: a mean that goes into a further sum, as in a variance, is used by all of them, and each knows its own use only.
     """
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     if alone or torch.distributed.get_world_size() == 1:
         return x
-    summed: Tensor = all_reduce(x)  # type: ignore[no-untyped-call]
+    summed: Tensor = _OverProcesses.apply(x)
     return summed
 
 
