@@ -37,7 +37,7 @@ from canopy.errors import CanopyError, ContractError, OutputError
 from canopy.grid import Layout
 from canopy.model.calibration import CalibrationTable
 from canopy.model.distribution import HeightDistribution
-from canopy.model.network import HeightNetwork, NetworkConfig
+from canopy.model.network import HeightNetwork, NetworkConfig, weights_to_come
 from canopy.settings import read_settings
 
 CONTRACT, WEIGHTS, CARD, FIXTURE = FILES = ("model.toml", "weights.safetensors", "card.md", "fixture.safetensors")
@@ -568,7 +568,7 @@ def _load_unchecked(folder: Path, device: torch.device) -> HeightModel:
             f"the file was altered or cut short; fetch the model again"
         )
     try:
-        with torch.random.fork_rng(devices=[]):  # the starting values are replaced; drawing them must leave no trace
+        with weights_to_come():
             network = HeightNetwork(contract.network)
     except CanopyError as error:
         raise ContractError(f"{folder / CONTRACT}: {error}") from error
