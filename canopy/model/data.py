@@ -318,21 +318,11 @@ def _window(array: NDArray[T], row: int, col: int, side: int, fill: float) -> ND
 # --- batches -------------------------------------------------------------------------------------------------------------
 
 
-class TrainingSet(BaseModel):
-    """A tile set's part in training; all crops of one batch come from one set, so they have one size."""
+class HeightCategories(BaseModel):
+    """Shares of the samples that are drawn from low and from tall chips (Brandt et al. 2026, section 3)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    tile_set: Path
-    share: float = Field(default=1.0, gt=0)
-    """Share of the batches, relative to the other sets'."""
-    batch: int = Field(ge=1)
-    """Samples in a batch, of all processes that train together."""
-    crop_px: int = Field(ge=32, multiple_of=32)
-    split: tuple[str, ...] = ("train",)
-    sites: tuple[str, ...] | None = None
-    exclude_sites: tuple[str, ...] = ()
-    imagery: Imagery = Imagery()
     statistic: Literal["p95", "mean"] = "p95"
     """Of a chip's known heights, which says whether it is low or tall. The 95th percentile of a clearing with one tree is
     low and its maximum tall; the publishers of CHMv2 do not say what they take."""
@@ -354,6 +344,21 @@ class TrainingSet(BaseModel):
     def categories(self, height_m: NDArray[np.float64]) -> NDArray[np.intp]:
         """0, 1 and 2 for low, middle and tall chips, of their statistics."""
         return np.digitize(height_m, [self.low_below_m, np.nextafter(self.tall_above_m, np.inf)])
+
+
+class TrainingSet(HeightCategories):
+    """A tile set's part in training; all crops of one batch come from one set, so they have one size."""
+
+    tile_set: Path
+    share: float = Field(default=1.0, gt=0)
+    """Share of the batches, relative to the other sets'."""
+    batch: int = Field(ge=1)
+    """Samples in a batch, of all processes that train together."""
+    crop_px: int = Field(ge=32, multiple_of=32)
+    split: tuple[str, ...] = ("train",)
+    sites: tuple[str, ...] | None = None
+    exclude_sites: tuple[str, ...] = ()
+    imagery: Imagery = Imagery()
 
 
 def chip_weights(height_m: NDArray[np.float64], settings: TrainingSet) -> NDArray[np.float64]:

@@ -26,6 +26,7 @@ from pydantic import (
 from canopy.metrics import CLASS_EDGES_M
 from canopy.model.augmentation import Augmentation
 from canopy.model.calibration import LEAST_PX, SPREAD_FLOOR_M
+from canopy.model.data import HeightCategories
 from canopy.model.losses import LossConfig
 from canopy.model.network import NetworkConfig
 from canopy.model.package import read_contract
@@ -120,14 +121,10 @@ class Data(_Table):
     """Memory for decoded chips, of all loader processes of a training process together."""
 
 
-class Sampling(_Table):
-    """Height categories: shares of the samples drawn from low and from tall chips (Brandt et al. 2026, section 3)."""
+class Sampling(HeightCategories):
+    """Height categories of all sets."""
 
-    statistic: Literal["p95", "mean"] = "p95"
-    """Of a chip's heights, by which it is low or tall."""
-    low_below_m: float = 1.0
     low_share: float = Field(default=0.1, ge=0, le=1)
-    tall_above_m: float = 25.0
     tall_share: float = Field(default=0.1, ge=0, le=1)
 
 

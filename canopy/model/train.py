@@ -42,7 +42,7 @@ from canopy.model.losses import charbonnier, curriculum, histogram_cross_entropy
 from canopy.model.network import HeightNetwork
 from canopy.model.package import CONTRACT, Contract, load_model, normalise, read_contract
 from canopy.model.processes import Processes, processes, rank, requeue
-from canopy.model.recipe import Optim, TrainingRecipe, read_recipe
+from canopy.model.recipe import ModelTable, Optim, TrainingRecipe, read_recipe
 from canopy.model.release import check_start, finish, say
 from canopy.model.sets import DataSets
 from canopy.model.tuning import Start, adapt, keep_frozen, merge, parameter_groups, pretrained, start_from, summary
@@ -151,7 +151,7 @@ class HeightLearner(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Compile and, under FSDP, part the network among the processes."""
-        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        sharded = self._parted
         parts: list[nn.Module] = [self.network]
         if sharded:
             # FSDP fetches a block's weights before it runs and drops them after, so blocks are compiled one by one.
@@ -257,10 +257,18 @@ class HeightLearner(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with the groups of [tuning], and the schedule by steps."""
         settings = self.recipe.optim
-        groups = parameter_groups(self.network, self.recipe.tuning, lr=settings.lr, weight_decay=settings.weight_decay)
-        optimiser = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+        optimiser = torch.optim.AdamW(self._groups(), lr=settings.lr, betas=settings.betas)
         schedule = LambdaLR(optimiser, lambda step: learning_rate_factor(step, settings))
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        settings = self.recipe.optim
+        return parameter_groups(self.network, self.recipe.tuning, lr=settings.lr, weight_decay=settings.weight_decay)
+
+    def _numbered(self) -> list[str]:
+        """Names of the parameters in the order in which the state of a whole optimiser numbers them."""
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        return [names[parameter] for group in self._groups() for parameter in group["params"]]
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         """Clip the norm over all that learns, in all processes; and stop before numbers that are none reach a weight.
@@ -309,14 +317,37 @@ class HeightLearner(lightning.LightningModule):
             self.average.update()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The recipe's digest and the average travel with the weights."""
+        """The recipe's digest and the average travel with the weights; the optimiser's state goes by name.
+
+        Why by name: torch numbers the parameters that an optimiser has, Lightning under FSDP all of the module. Either would
+        take the other's numbers for its own.
+        """
         checkpoint["run_sha256"] = self.recipe.run_sha256()
         if self.average is not None:
             checkpoint["average"] = self.average.state()
+        names = [name for name, _ in self.named_parameters()] if self._parted else self._numbered()
+        # Of the processes under FSDP the first has the whole state, the others nothing.
+        states = [_renamed(state, dict(enumerate(names))) if state else state for state in checkpoint["optimizer_states"]]
+        checkpoint["optimizer_states"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The average comes back when there is a network to average."""
+        """The average waits for a network to average; under FSDP the strategy has taken the optimiser's state itself."""
         self._stored_average = checkpoint.get("average")
+        if not self._parted:
+            number = {name: number for number, name in enumerate(self._numbered())}
+            checkpoint["optimizer_states"] = [_renamed(state, number) for state in checkpoint["optimizer_states"]]
+
+    @property
+    def _parted(self) -> bool:
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+
+def _renamed(state: Mapping[str, Any], keys: Mapping[Any, Any]) -> dict[str, Any]:
+    """The state dict of an optimiser with other keys for its parameters."""
+    return {
+        "state": {keys[key]: value for key, value in state["state"].items()},
+        "param_groups": [group | {"params": [keys[key] for key in group["params"]]} for group in state["param_groups"]],
+    }
 
 
 def _blocks(backbone: nn.Module) -> list[nn.Module]:
@@ -404,10 +435,10 @@ def train(
         raise OutputError(f"{out} exists; choose another folder with --out or replace it with --overwrite")
     here = processes(settings.optim)
     run = out.resolve().parent / "runs" / out.name if resume is None else resume
-    checkpoint = _open_run(run, settings, resume=resume is not None, resume_if_any=resume_if_any)
     sets = DataSets(settings, folder)
     check_start(settings, folder)
     contract = sets.contract()
+    checkpoint = _open_run(run, settings, resume=resume is not None, resume_if_any=resume_if_any)
     last, device = fit(settings, sets, contract, here, run=run, checkpoint=checkpoint, callbacks=callbacks)
     if rank() != 0:
         return out
@@ -452,20 +483,33 @@ def _started_network(recipe: TrainingRecipe, folder: Path) -> HeightNetwork:
             network, start = pretrained(model.architecture(), bands=model.bands)
         else:
             network, start = HeightNetwork(model.architecture()), Start()
+    before: Contract | None = None
     if model.start_from is not None:
-        before = load_model(resolve(model.start_from, folder))
+        loaded = load_model(resolve(model.start_from, folder))
+        before = loaded.contract
         start = start_from(
             network,
-            before.network.state_dict(),
-            config=before.contract.network,
+            loaded.network.state_dict(),
+            config=before.network,
             bands=model.bands,
-            start_bands=before.contract.bands,
+            start_bands=before.bands,
         )
     _adapt(network, recipe, new_bands=start.new_bands)
     if rank() == 0:
-        for note in start.notes():
+        for note in [*start.notes(), *_seen_otherwise(model, before)]:
             say(note)
     return network
+
+
+def _seen_otherwise(model: ModelTable, before: Contract | None) -> Iterator[str]:
+    """What to say where the start's weights knew a band by another normalisation than they will be given."""
+    theirs = {} if before is None else dict(zip(before.bands, zip(before.mean, before.std, strict=True), strict=True))
+    for band, mean, std in zip(model.bands, model.mean, model.std, strict=True):
+        if band in theirs and theirs[band] != (mean, std):
+            yield (
+                f"band {band} is normalised by mean {mean:g} and std {std:g}, but the start's weights know it by "
+                f"{theirs[band][0]:g} and {theirs[band][1]:g}; take those over unless the imagery is another"
+            )
 
 
 def _adapt(network: HeightNetwork, recipe: TrainingRecipe, new_bands: Sequence[str] = ()) -> None:

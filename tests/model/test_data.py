@@ -217,7 +217,7 @@ def test_a_resumed_run_sees_the_same_batches(sets):
     assert not same(whole[0], next(iter(training_batches(plan(sets), seed=5, start_step=0, steps=8))))
 
 
-def parts_together(sets, world, steps=4):
+def parts_together(sets, world, steps=6):
     """Per step, the parts of all processes one after the other."""
     parts = [list(training_batches(sets, seed=4, start_step=0, steps=steps, rank=r, world=world)) for r in range(world)]
     return [
