@@ -520,6 +520,14 @@ def stack(samples: Sequence[Sample]) -> Sample:
 class TrainingLoader(DataLoader[Sample]):
     """The batches of `training_batches`; what goes wrong in a loader process is one line here."""
 
+    def __len__(self) -> int:
+        """Batches of the whole training, those before the first one delivered included.
+
+        Why: Lightning goes on counting where the checkpoint's run stopped, and ends the epoch at this number. Were it that
+        of the batches left, a run resumed before its half would begin them anew in the middle.
+        """
+        return len(self.dataset)  # type: ignore[arg-type]
+
     def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
         """Batches in the order of their steps."""
         try:

@@ -203,8 +203,7 @@ class HeightLearner(lightning.LightningModule):
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        # Dropout draws from torch's generator; seeding it by the step makes a resumed run draw the same. `batch_idx` itself
-        # would not do: Lightning counts it from the start of the process.
+        # Dropout draws from torch's generator; seeding it by the step makes a resumed run draw the same.
         place = batch_idx % self.recipe.optim.accumulate
         entropy = (self.recipe.seed, self.global_step, place, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))

@@ -558,7 +558,7 @@ def test_loader_processes_give_the_same_batches_hold_no_raster_and_fail_in_one_l
     assert "a loader process was killed" in str(error)
     assert "data.workers" in str(error)
     assert "\n" not in str(error)
-    del there, caught
+    del there, caught, error  # they hold the frames that hold the loader
     assert all(ended(worker) for worker in workers)
     assert loader_failure(RuntimeError("something else")) is None
 

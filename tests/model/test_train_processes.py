@@ -172,8 +172,8 @@ def test_what_ends_all_processes_leaves_a_line_and_the_checkpoint(tile_sets, tmp
 
 SRUN = """#!{python}
 '''What srun does: as many tasks as the job has, each with its variables; the first that fails ends the others.'''
-import os, subprocess, sys, time
-words = [word for word in sys.argv[1:] if not word.startswith("--")]
+import itertools, os, subprocess, sys, time
+words = list(itertools.dropwhile(lambda word: word.startswith("--"), sys.argv[1:]))  # its own come first
 nodes, each = int(os.environ["SLURM_NNODES"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
 tasks = []
 for rank in range(nodes * each):

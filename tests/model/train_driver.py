@@ -25,9 +25,11 @@ class Accident(Callback):
 
     def __init__(self, what: str, batch: int, rank: int) -> None:
         self.what, self.batch, self.rank = what, batch, rank
+        self.begun = 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if batch_idx != self.batch or trainer.global_rank != self.rank:
+        self.begun += 1
+        if self.begun != self.batch + 1 or trainer.global_rank != self.rank:
             return
         match self.what:
             case "nan":
