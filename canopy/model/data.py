@@ -7,9 +7,11 @@ the datasets can be sent to loader processes started in any way.
 
 from __future__ import annotations
 
+import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -536,9 +538,10 @@ class TrainingLoader(DataLoader[Sample]):
                     raise batch
                 yield batch
         except RuntimeError as error:
-            if (failure := loader_failure(error)) is None:
+            if loader_failure(error) is None:
                 raise
-            raise failure from error
+            # No name for it here: frame and error would keep each other, and with them the loader and its processes.
+            raise loader_failure(error) from error  # type: ignore[misc]
         except (ConnectionError, EOFError, FileNotFoundError) as error:
             # A batch is handed over by a socket of the process that made it; that is gone with the process.
             if not self.num_workers:
@@ -582,10 +585,22 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _begin(_worker: int) -> None:
-    """A loader process has one thread, and leaves Ctrl-C to the process that started it, which ends it."""
+    """A loader process has one thread that works, and leaves Ctrl-C to the process that started it, with which it ends.
+
+    Why a watcher: torch's own looks only between batches, and a process with a batch to hand over waits for a reader that
+    is gone, for ever, because it holds the reading end of that pipe as well.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.environ["GDAL_NUM_THREADS"] = "1"
+    starter = multiprocessing.parent_process()
+    assert starter is not None, "a loader process was started by another"
+
+    def leave_with_it() -> None:
+        multiprocessing.connection.wait([starter.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave_with_it, daemon=True).start()
 
 
 def training_batches(
