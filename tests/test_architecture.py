@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -383,12 +384,15 @@ def test_canopy_commands_of_the_readme_exist():
     commands = [words[1:] for words in readme_commands() if words[0] == "canopy"]
     assert commands
     for command, *words in commands:
-        group = [command, "build" if words[0] != "inspect" else "inspect"] if command == "tile" else [command]
+        group = [command]
+        if command in {"tile", "models"}:
+            group.append("build" if command == "tile" and words[0] != "inspect" else words[0])
         done = python(HELP.format(words=group, heavy=[]))
         assert done.returncode == 0, f"canopy {command}: {done.stderr}"
         missing = [word for word in words if word.startswith("--") and word not in done.stdout]
         assert not missing, f"canopy {command} has no {missing}"
-        files = [ROOT / word for word in words if word.startswith(("tiles/", "models/"))]
+        given = [word for before, word in pairwise(["", *words]) if before != "--out"]
+        files = [ROOT / word for word in given if word.startswith(("tiles/", "models/"))]
         assert all(file.exists() for file in files), f"canopy {command} names a missing file of {files}"
 
 

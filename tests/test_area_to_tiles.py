@@ -144,6 +144,7 @@ def write_recipe(path, **source):
 BOX = [f"{value:.6f}" for value in degrees(Box(WHOLE.row0 + 20, WHOLE.col0 + 20, WHOLE.row1 - 20, WHOLE.col1 - 20))]
 
 
+@pytest.mark.slow
 def test_an_area_becomes_an_audited_tile_set(services, wood, run, tmp_path):
     files, api = services
     recipe = write_recipe(tmp_path / "set.toml", imagery={"source": "photographs"}, lidar="clouds")
