@@ -11,7 +11,6 @@ and not 33.15 m; and the spread of the bins is there to be used.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import logging
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from canopy.errors import CanopyError, ContractError
 from canopy.model.network import PATCH_PX, HeightNetwork, NetworkConfig, weights_to_come
-from canopy.model.package import Contract, Training, save_model
+from canopy.model.package import WRAPPERS, Contract, Training, file_sha256, save_model, unwrapped
 
 _log = logging.getLogger(__name__)
 
@@ -39,9 +38,6 @@ Kind = Literal["chmv2", "chmv1"]
 
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
 """Endings of the files that are read as weights."""
-
-_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""What DDP, torch.compile, FSDP and checkpointing put between the parts of a tensor's name."""
 
 _NESTS = ("state_dict", "model", "model_state_dict", "teacher", "student")
 """Keys under which training programs keep the tensors among other things."""
@@ -250,7 +246,7 @@ class _Checkpoint:
                 for path in files
             }
             layout = kind
-        digests = {path: _sha256(path) for path in files}
+        digests = {path: file_sha256(path) for path in files}
         for path, digest in digests.items():
             stated = re.search(r"-([0-9a-f]{8})\.[a-z]+$", path.name)
             if stated and not digest.startswith(stated[1]):
@@ -361,9 +357,9 @@ def _read_torch(path: Path, remarks: list[str]) -> dict[str, Any]:
         # Tensors and containers only: loading must not run a file's own code. Mapped, so that nothing is read twice.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch passes on whatever its unpickler, its zip reader and the file's content raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:120]
         raise ContractError(
-            f"{path} is no checkpoint of plain tensors ({reason[0][:120]}); download it again, or save its state dict alone"
+            f"{path} is no checkpoint of plain tensors ({reason}); download it again, or save its state dict alone"
         ) from error
     while isinstance(state, Mapping) and not any(isinstance(value, Tensor) for value in state.values()):
         nest = next((key for key in _NESTS if isinstance(state.get(key), Mapping)), None)
@@ -381,9 +377,8 @@ def _plain_names(state: Mapping[str, Any], path: Path, remarks: list[str]) -> di
     plain: dict[str, Any] = {}
     stripped: set[str] = set()
     for key, value in state.items():
-        parts = key.split(".")
-        stripped |= _WRAPPERS.intersection(parts)
-        plain[".".join(part for part in parts if part not in _WRAPPERS)] = value
+        stripped |= WRAPPERS.intersection(key.split("."))
+        plain[unwrapped(key)] = value
     if all(key.startswith("chm_module_.") for key in plain):
         stripped.add("chm_module_")
         plain = {key.removeprefix("chm_module_."): value for key, value in plain.items()}
@@ -435,11 +430,6 @@ def _likeness(tensors: Mapping[str, Tensor]) -> str:
         if any(key.startswith(sign) for key in tensors):
             return what
     return f"something else (its first tensor is {next(iter(tensors), 'none')})"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- tensors -> ours -----------------------------------------------------------------------------------------------------

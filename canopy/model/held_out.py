@@ -27,7 +27,7 @@ from torch import nn
 
 from canopy.errors import OutputError, RecipeError
 from canopy.model.evaluate import ChipResult
-from canopy.model.recipe import TrainingRecipe, without
+from canopy.model.recipe import MACHINE, TrainingRecipe, without
 
 FILE = "held_out.npz"
 _ABOUT = "about.json"
@@ -148,11 +148,9 @@ def read_held_out(path: Path) -> HeldOut:
 # --- what makes two runs the same training -------------------------------------------------------------------------------
 
 _NOT_TRAINING = {
+    **MACHINE,
     "model": {"name", "version", "description", "licence", "not_for", "weights_dtype"},
-    "optim": {
-        "checkpoint_every", "log_every", "threads", "accelerator", "devices", "nodes", "strategy", "compile",
-    },
-    "data": {"set", "hold_out_use", "workers"},
+    "data": MACHINE["data"] | {"set", "hold_out_use"},
     "calibrate": ...,
     "evaluate": {"folds", "edges_m"},
 }  # fmt: skip

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import re
 import shutil
 import tomllib
 import uuid
@@ -66,7 +65,7 @@ float16 keeps 11 binary digits, which costs centimetres of height; bfloat16 keep
 the model whose values do not fit: float16 ends at 65504, and beyond it heights are NaN.
 """
 
-_WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """What distributed training, checkpointing and torch.compile put before, or into, the names of a network's tensors."""
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -413,7 +412,7 @@ def save_model(
         )
         save_file(state, stage / WEIGHTS)
         contract = contract.model_copy(
-            update={"weights_sha256": _sha256(stage / WEIGHTS), "canopy_version": canopy.__version__}
+            update={"weights_sha256": file_sha256(stage / WEIGHTS), "canopy_version": canopy.__version__}
         )
         (stage / CONTRACT).write_text(tomli_w.dumps(contract.model_dump(exclude_none=True)), encoding="utf-8")
         (stage / CARD).write_text(card, encoding="utf-8")
@@ -455,13 +454,14 @@ def _staged(folder: Path) -> Iterator[Path]:
 # --- reading -------------------------------------------------------------------------------------------------------------
 
 
-def _shelves() -> tuple[Path, Path]:
+def shelves() -> tuple[Path, Path]:
+    """Where models are looked for by name: ./models, then the models folder of the source checkout."""
     return Path("models"), Path(canopy.__file__).parents[1] / "models"
 
 
 def known_models() -> list[Path]:
     """Folders of the models in ./models and in the models folder of the source checkout, each once, by name."""
-    found = {file.parent.resolve(): file.parent for shelf in _shelves() for file in shelf.glob(f"*/{CONTRACT}")}
+    found = {file.parent.resolve(): file.parent for shelf in shelves() for file in shelf.glob(f"*/{CONTRACT}")}
     return sorted(found.values(), key=lambda folder: folder.name)
 
 
@@ -471,7 +471,7 @@ def find_model(name_or_path: Path | str) -> Path:
     Raises:
         ContractError: there is no such model; the message lists the ones there are.
     """
-    for candidate in [Path(name_or_path), *(shelf / name_or_path for shelf in _shelves())]:
+    for candidate in [Path(name_or_path), *(shelf / name_or_path for shelf in shelves())]:
         if (candidate / CONTRACT).is_file():
             return candidate
     raise ContractError(
@@ -561,7 +561,7 @@ def _load_unchecked(folder: Path, device: torch.device) -> HeightModel:
     contract = read_contract(folder)
     path = folder / WEIGHTS
     _require(path)
-    digest = _sha256(path)
+    digest = file_sha256(path)
     if digest != contract.weights_sha256:
         raise ContractError(
             f"{path} has SHA-256 {digest[:12]}…, but {CONTRACT} says {contract.weights_sha256[:12] or 'nothing'}…: "
@@ -588,7 +588,7 @@ def _load_unchecked(folder: Path, device: torch.device) -> HeightModel:
 
 def _check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], storage: str) -> None:
     remedy = f"the weights are not those of the network in {CONTRACT}; restore both files from one model"
-    bare = {_WRAPPERS.sub("", name): name for name in stored}
+    bare = {unwrapped(name): name for name in stored}
     if bare.keys() == wanted.keys() != stored.keys():
         name = next(name for short, name in bare.items() if short != name)
         raise ContractError(
@@ -610,29 +610,45 @@ def _check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str
     _check_finite(path, stored, "the model cannot work; fetch it again, or train it again from before it diverged")
 
 
+def unwrapped(name: str) -> str:
+    """The name of a tensor without those of wrappers."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def _check_finite(path: Path, stored: Mapping[str, Tensor], remedy: str) -> None:
     for name, tensor in stored.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ContractError(f"{path}: tensor {name} holds NaN or infinite values: {remedy}")
 
 
-def _check_fixture(path: Path, model: HeightModel) -> None:
+def fixture_deviation_m(path: Path, model: HeightModel) -> tuple[dict[str, float], HeightDistribution]:
+    """How far mean and spread of the fixture in `path` are from the recorded ones at most, and what was predicted for it.
+
+    Raises:
+        ContractError: the file is missing, or not a fixture.
+    """
     _require(path)
     fixture = _read_tensors(path)
     if fixture.keys() != {"image", "mean_m", "spread_m"}:
         raise ContractError(f"{path} holds {sorted(fixture)}, not image, mean_m and spread_m; fetch the model again")
     heights = model.predict(fixture["image"])
-    computed = {"mean_m": heights.mean_m.cpu(), "spread_m": heights.spread_m.cpu()}
+    off_m = {}
+    for name, values in (("mean_m", heights.mean_m.cpu()), ("spread_m", heights.spread_m.cpu())):
+        if fixture[name].shape != values.shape:
+            raise ContractError(f"{path}: {name} has another shape than the image; fetch the model again")
+        off_m[name] = (values - fixture[name]).abs().max().item()
+    return off_m, heights
+
+
+def _check_fixture(path: Path, model: HeightModel) -> None:
+    deviation_m, _ = fixture_deviation_m(path, model)
     tolerance_m = PRECISION_TOLERANCE_M[model.precision]
     remedy = (
         "the weights or the libraries do not compute what the model was; fetch the model again, or update timm"
         if model.precision == "float32"
         else "the network does not fit this precision; choose another --precision"
     )
-    for name, values in computed.items():
-        if fixture[name].shape != values.shape:
-            raise ContractError(f"{path}: {name} has another shape than the image; fetch the model again")
-        off_m = (values - fixture[name]).abs().max().item()
+    for name, off_m in deviation_m.items():
         if not off_m <= tolerance_m:
             raise ContractError(
                 f"{path}: {name} comes out {off_m:.3g} m from the recorded value in {model.precision}, "
@@ -652,7 +668,8 @@ def _require(path: Path) -> None:
         raise ContractError(f"{path} is missing; fetch the model again, or point to a complete model folder")
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -7,7 +7,6 @@ one is published, its checksum are right.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -20,9 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-import canopy
 from canopy.errors import OutputError, RecipeError, SourceError
 from canopy.model.foreign import Kind, import_model
+from canopy.model.package import file_sha256, shelves
 from canopy.settings import nearest, read_settings
 from canopy.tiler.patience import PATIENCE, Patience
 
@@ -93,9 +92,9 @@ def read_sources(path: Path | None = None) -> dict[str, WeightSource]:
     Raises:
         SourceError: There is no such file, or it is not what `WeightSources` says.
     """
-    shelves = (Path("models"), Path(canopy.__file__).parents[1] / "models")
     if path is None:
-        path = next((shelf / SOURCES for shelf in shelves if (shelf / SOURCES).is_file()), shelves[0] / SOURCES)
+        places = [shelf / SOURCES for shelf in shelves()]
+        path = next((place for place in places if place.is_file()), places[0])
     return read_settings(path, WeightSources, what="a list of published weights", error=SourceError).models
 
 
@@ -329,8 +328,7 @@ def _problem(file: WeightFile, path: Path) -> str | None:
         return f"it has {size:,} bytes, and {file.size_bytes:,} are published"
     if file.sha256 is None:
         return None
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = file_sha256(path)
     return None if found.startswith(file.sha256) else f"its SHA-256 is {found[:8]}…, and {file.sha256[:8]} is published"
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -198,6 +198,14 @@ class Evaluate(_Table):
     each site is judged by a model that has not seen it."""
 
 
+MACHINE: Final[dict[str, set[str]]] = {
+    "optim": {"compile", "accelerator", "devices", "nodes", "strategy", "threads", "checkpoint_every", "log_every"},
+    "tuning": {"checkpointing"},
+    "data": {"workers", "cache_mb"},
+}
+"""Keys of a recipe that say where and how fast it trains, and decide no weight."""
+
+
 class TrainingRecipe(_Table):
     """A training run as its author writes it."""
 
@@ -232,13 +240,7 @@ class TrainingRecipe(_Table):
         Machine and speed are not in it, so a run that ran out of memory, or of its machine, goes on elsewhere, and neither
         is what happens after the last step.
         """
-        table = self.model_dump(mode="json", exclude={"calibrate", "evaluate"})
-        for name in (
-            "compile", "accelerator", "devices", "nodes", "strategy", "threads", "checkpoint_every", "log_every",
-        ):  # fmt: skip
-            del table["optim"][name]
-        del table["tuning"]["checkpointing"], table["data"]["workers"]
-        return _digest(table)
+        return _digest(self.model_dump(mode="json", exclude={**MACHINE, "calibrate": True, "evaluate": True}))
 
 
 def _digest(table: dict[str, Any]) -> str:

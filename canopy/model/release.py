@@ -22,7 +22,7 @@ from canopy.model.network import HeightNetwork
 from canopy.model.package import Contract, HeightModel, find_model, read_contract, save_model
 from canopy.model.recipe import TrainingRecipe
 from canopy.model.scores import How, Metrics, Score, SiteCoverage, Source, score_sites, write_metrics
-from canopy.model.sets import DataSets
+from canopy.model.sets import DataSets, extend
 from canopy.tiler.chips import tile_set_hash
 from canopy.tiler.recipe import resolve
 
@@ -146,9 +146,8 @@ def _inherited(contract: Contract, start: Contract | None) -> Contract:
     if start is None:
         return contract
     boxes = dict(zip(start.training.sites, start.training.footprints_deg, strict=True))
-    for site, (west, south, east, north) in zip(contract.training.sites, contract.training.footprints_deg, strict=True):
-        w, b, e, t = boxes.get(site, (west, south, east, north))
-        boxes[site] = (min(w, west), min(b, south), max(e, east), max(t, north))
+    for site, box in zip(contract.training.sites, contract.training.footprints_deg, strict=True):
+        extend(boxes, site, box)
     training = contract.training.model_copy(
         update={
             "sites": tuple(sorted(boxes)),

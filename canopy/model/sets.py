@@ -146,8 +146,7 @@ class DataSets:
             used = index[index["split"].isin(list(s.split)) & ~index["site"].isin(list(s.exclude_sites))]
             for site, chips in used.groupby("site"):
                 west, south, east, north = (float(v) for v in chips.total_bounds)
-                w, b, e, t = boxes.get(site, (west, south, east, north))
-                boxes[site] = (min(w, west), min(b, south), max(e, east), max(t, north))
+                extend(boxes, site, (west, south, east, north))
         return boxes
 
     def contract(self) -> Contract:
@@ -172,3 +171,9 @@ class DataSets:
                 footprints_deg=tuple(footprints[site] for site in sorted(footprints)),
             ),
         )
+
+
+def extend(boxes: dict[str, tuple[float, float, float, float]], site: str, box: tuple[float, float, float, float]) -> None:
+    """Make the (west, south, east, north) of `site` hold `box` as well."""
+    west, south, east, north = boxes.get(site, box)
+    boxes[site] = (min(west, box[0]), min(south, box[1]), max(east, box[2]), max(north, box[3]))

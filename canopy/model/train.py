@@ -39,7 +39,7 @@ from canopy.model.checkpoints import Checkpoints, WholeFiles, checkpoints, damag
 from canopy.model.data import Sample, TrainingLoader, TrainingSet, loader_failure, training_batches
 from canopy.model.distribution import HeightDistribution
 from canopy.model.losses import charbonnier, curriculum, histogram_cross_entropy, masked_mean, patch_gradient, silog
-from canopy.model.network import HeightNetwork
+from canopy.model.network import HeightNetwork, weights_to_come
 from canopy.model.package import CONTRACT, Contract, load_model, normalise, read_contract
 from canopy.model.processes import Processes, processes, rank, requeue
 from canopy.model.recipe import ModelTable, Optim, TrainingRecipe, read_recipe
@@ -517,7 +517,7 @@ def _adapt(network: HeightNetwork, recipe: TrainingRecipe, new_bands: Sequence[s
 
 def _empty_network(recipe: TrainingRecipe) -> HeightNetwork:
     """An adapted network whose weights are to come from a checkpoint, so that nothing is fetched for it."""
-    with torch.random.fork_rng(devices=[]):
+    with weights_to_come():
         network = HeightNetwork(recipe.model.architecture())
     _adapt(network, recipe)
     return network

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from canopy.model.package import FIXTURE, FIXTURE_TOLERANCE_M, load_model
+from canopy.model.package import FIXTURE, FIXTURE_TOLERANCE_M, fixture_deviation_m, load_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +49,7 @@ def verify_model(folder: Path, *, device: torch.device | str = "cpu") -> Verific
         ContractError: A check failed; one line with the file and the remedy.
     """
     model = load_model(folder, device)
-    fixture = load_file(folder / FIXTURE)
-    heights = model.predict(fixture["image"])
-    computed = {"mean_m": heights.mean_m, "spread_m": heights.spread_m}
+    deviation_m, heights = fixture_deviation_m(folder / FIXTURE, model)
     return Verification(
         folder=folder,
         name=model.contract.name,
@@ -61,7 +58,7 @@ def verify_model(folder: Path, *, device: torch.device | str = "cpu") -> Verific
         weights_sha256=model.contract.weights_sha256,
         tensors=len(model.network.state_dict()),
         parameters=sum(parameter.numel() for parameter in model.network.parameters()),
-        deviation_m={name: float((value.cpu() - fixture[name]).abs().max()) for name, value in computed.items()},
+        deviation_m=deviation_m,
         tolerance_m=FIXTURE_TOLERANCE_M,
         abstained_px=int(heights.abstain.sum()),
     )

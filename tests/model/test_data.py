@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -520,9 +521,13 @@ def test_what_is_sent_to_a_loader_process_is_small_and_opens_nothing(sets):
     assert len(batches.cache) > 0
     sent = pickle.dumps(batches)
     assert len(sent) < 10_000  # without one decoded chip
-    assert not open_rasters(psutil.Process())
+
+    def chips_open():  # other tests of this process may have left files of theirs to the garbage collector
+        return [path for path in open_rasters(psutil.Process()) if any(Path(path).is_relative_to(folder) for folder in sets)]
+
+    assert not chips_open()
     with rasterio.open(next((sets[0] / "image").glob("*.tif"))):
-        assert open_rasters(psutil.Process())  # one that is open would be seen
+        assert chips_open()  # one that is open would be seen
     again = pickle.loads(sent)
     assert len(again.cache) == 0
     assert same(again[2], batches[2])
@@ -536,6 +541,7 @@ def test_loader_processes_give_the_same_batches_hold_no_raster_and_fail_in_one_l
         return training_batches(plan(sets), seed=4, start_step=start, steps=400, augmentation=augmentation, workers=workers)
 
     mine = psutil.Process()
+    open_before = open_rasters(mine)
     before = {child.pid for child in mine.children(recursive=True)}
     here, there = iter(loader(0, 6)), iter(loader(2, 6))
     for _ in range(8):
@@ -545,7 +551,7 @@ def test_loader_processes_give_the_same_batches_hold_no_raster_and_fail_in_one_l
     for worker in workers:
         assert worker.is_running()
         assert not open_rasters(worker)
-    assert not open_rasters(mine)
+    assert set(open_rasters(mine)) <= set(open_before)
     os.kill(workers[0].pid, signal.SIGKILL)
     with pytest.raises((RecipeError, RuntimeError)) as caught:  # noqa: PT012
         for _ in range(400):

@@ -84,7 +84,7 @@ def test_machine_and_speed_do_not_make_another_run(tmp_path):
 
     first = digest()
     assert first == digest(optim__threads=4, optim__checkpoint_every=7, optim__strategy="ddp", optim__devices=3)
-    assert first == digest(tuning={"checkpointing": True}, data__workers=2, evaluate__forest_trees=9)
+    assert first == digest(tuning={"checkpointing": True}, data__workers=2, data__cache_mb=512, evaluate__forest_trees=9)
     for change in ({"optim__lr": 1e-4}, {"optim__steps": 7}, {"tuning": {"layer_decay": 0.9}}, {"seed": 4}):
         assert first != digest(**change)
 
