@@ -163,7 +163,7 @@ class ForestConfig(BaseModel):
     def random(cls, rng: np.random.Generator) -> Self:
         """A forest and conditions of its own, for training sites that differ."""
         low_m = float(rng.uniform(3, 20))
-        return cls(
+        forest = cls(
             cover=float(rng.beta(2.2, 0.8)),
             stand_size_m=float(rng.uniform(90, 400)),
             gaps=float(rng.uniform(0.02, 0.3)),
@@ -183,6 +183,12 @@ class ForestConfig(BaseModel):
             ponds=int(rng.integers(0, 3)),
             conditions=Conditions.random(rng),
         )
+        # A quarter of the forests is old growth: trees of 40 to 70 m, of which the real training sites have hardly any.
+        if rng.random() < 0.25:
+            stretch = float(rng.uniform(1.2, 1.7))
+            low_m, high_m = (min(h * stretch, 60.0) for h in (forest.stand_height_low_m, forest.stand_height_high_m))
+            forest = forest.model_copy(update={"stand_height_low_m": low_m, "stand_height_high_m": high_m})
+        return forest
 
 
 def _scaled(rgb: tuple[float, float, float], rng: np.random.Generator, sigma: float) -> tuple[float, float, float]:

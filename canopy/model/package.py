@@ -118,9 +118,11 @@ class Contract(BaseModel):
     value_range: tuple[float, float]
     """Smallest and largest value a usable pixel may have."""
     mean: tuple[float, ...]
-    """Per band, in the imagery's units: subtracted before the network; also what unusable pixels are filled with."""
+    """Per band, in the imagery's units: subtracted before the network."""
     std: tuple[float, ...]
     """Per band, in the imagery's units: divided by after that."""
+    fill: Literal["mean", "mirror"] = "mean"
+    """What the network sees where there is no usable imagery: the mean colour, or the imagery's mirror image."""
     window_px: int
     """Side of the windows the model was trained on and maps with; a multiple of 32."""
     stride_px: int
@@ -353,11 +355,57 @@ def _lacks_memory(error: RuntimeError) -> bool:
 
 
 def normalise(image_bchw: Tensor, valid_bhw: Tensor | None, contract: Contract) -> Tensor:
-    """(image - mean) / std per band in float32, and 0 (the mean) where not usable; training uses this function too."""
+    """(image - mean) / std per band in float32, the contract's fill where not usable; training uses this function too."""
     mean = torch.tensor(contract.mean, device=image_bchw.device)[:, None, None]
     std = torch.tensor(contract.std, device=image_bchw.device)[:, None, None]
     x_bchw = (image_bchw.float() - mean) / std
-    return x_bchw if valid_bhw is None else x_bchw.masked_fill(~valid_bhw[:, None], 0.0)
+    if valid_bhw is None:
+        return x_bchw
+    x_bchw = x_bchw.masked_fill(~valid_bhw[:, None], 0.0)
+    return mirrored(x_bchw, valid_bhw) if contract.fill == "mirror" else x_bchw
+
+
+def mirrored(x_bchw: Tensor, valid_bhw: Tensor) -> Tensor:
+    """The images with every pixel that is not valid taken from its mirror image in the edge of the valid ones.
+
+    An image without a valid pixel stays as it is.
+
+    Why: a margin of one colour tells a network how large the imagery is. Where small plots come from one site and large
+    ones from another it learns heights from that, and a norm over the whole image mixes the margin into every pixel.
+    """
+    out_bchw = x_bchw
+    for number, valid in enumerate(valid_bhw.cpu().numpy()):
+        if valid.all() or not valid.any():
+            continue
+        row, col = (torch.from_numpy(a).to(x_bchw.device) for a in _mirror(valid))
+        if out_bchw is x_bchw:
+            out_bchw = x_bchw.clone()
+        out_bchw[number] = x_bchw[number][:, row, col]
+    return out_bchw
+
+
+def _mirror(valid: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Row and column (2, row, col) of the valid pixel that each pixel is taken from; its own where it is valid.
+
+    With n the valid pixel nearest to p, p is what 2n - p is. Where that is not valid either, the image so filled is
+    mirrored in its own edge, and so on: a plot is repeated as far as the image goes. Next to what is but a pixel wide
+    nothing can be mirrored, and n stands in.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    here: NDArray[np.int64] = np.indices(valid.shape)
+    source, known = here.copy(), valid.copy()
+    while not known.all():
+        nearest = distance_transform_edt(~known, return_distances=False, return_indices=True)
+        rows, cols = across = 2 * nearest - here
+        height, width = valid.shape
+        new = ~known & (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
+        new[new] = known[rows[new], cols[new]]
+        if not new.any():
+            new, across = ~known, nearest
+        source[:, new] = source[:, across[0][new], across[1][new]]
+        known |= new
+    return source
 
 
 # --- writing -------------------------------------------------------------------------------------------------------------

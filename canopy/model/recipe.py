@@ -52,6 +52,8 @@ class ModelTable(_Table):
     mean: tuple[float, ...]
     """Per band, in the imagery's units."""
     std: tuple[float, ...]
+    fill: Literal["mean", "mirror"] = "mean"
+    """What the network sees where there is no usable imagery."""
     window_px: PositiveInt
     stride_px: PositiveInt
     weights_dtype: Literal["float32", "float16"] = "float32"

@@ -156,7 +156,7 @@ class DataSets:
         trained = {s.tile_set: s for s in self.training()}
         fields = model.model_dump(
             include={
-                "name", "version", "description", "licence", "bands", "gsd_range_m", "value_range", "mean", "std",
+                "name", "version", "description", "licence", "bands", "gsd_range_m", "value_range", "mean", "std", "fill",
                 "window_px", "stride_px", "weights_dtype",
             }
         )  # fmt: skip

@@ -27,6 +27,7 @@ from canopy.model.package import (
     Training,
     find_model,
     load_model,
+    mirrored,
     normalise,
     read_contract,
     save_model,
@@ -172,6 +173,50 @@ def test_what_is_under_an_unusable_pixel_does_not_matter(saved):
     assert not torch.equal(model.predict(image).mean_m, model.predict(other).mean_m)
     filled = normalise(image, valid, model.contract)
     assert (filled[:, :, 10:20, 30:] == 0).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(9, 2), (5, 7), (3, 16)])
+def test_a_plot_is_mirrored_as_far_as_the_image_goes(height, width):
+    plot = torch.rand(2, height, width)
+    image, valid = torch.zeros(1, 2, 32, 48), torch.zeros(1, 32, 48, dtype=torch.bool)
+    image[0, :, 11 : 11 + height, 20 : 20 + width] = plot
+    valid[0, 11 : 11 + height, 20 : 20 + width] = True
+    margins = ((0, 0), (11, 21 - height), (20, 28 - width))
+    assert np.array_equal(mirrored(image, valid)[0].numpy(), np.pad(plot.numpy(), margins, mode="reflect"))
+    assert (image[~valid[:, None].expand_as(image)] == 0).all()  # the input is left as it is
+
+
+def test_a_missing_corner_is_mirrored_in_its_nearer_edge():
+    image, valid = torch.arange(64.0).reshape(1, 1, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool)
+    valid[0, :3, :3] = False
+    out = mirrored(image, valid)[0, 0]
+    assert [out[0, 1], out[1, 2], out[1, 0], out[2, 1]] == [image[0, 0][at] for at in ((0, 5), (1, 4), (5, 0), (4, 1))]
+    assert torch.equal(out[valid[0]], image[0, 0][valid[0]])
+
+
+def test_what_is_one_pixel_wide_is_repeated():
+    image, valid = torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)
+    image[0, 0, 2, 1], valid[0, 2, 1] = 5.0, True
+    assert (mirrored(image, valid) == 5).all()
+
+
+def test_there_is_nothing_to_mirror_in_a_whole_image_nor_in_none():
+    image, valid = torch.rand(2, 3, 32, 32), torch.ones(2, 32, 32, dtype=torch.bool)
+    assert mirrored(image, valid) is image
+    valid[1] = False
+    assert torch.equal(mirrored(image, valid), image)
+
+
+def test_a_model_that_mirrors_does_not_see_how_large_the_imagery_is(folder, tmp_path):
+    mirrors = load_model(write(tmp_path / "mirrors", fill="mirror"))
+    image, valid = random_image(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool)
+    valid[:, 16:48, 16:48] = True
+    rows = np.abs(np.arange(64) - 16)
+    rows = torch.from_numpy(np.where(rows > 31, 62 - rows, rows) + 16)
+    whole = image[:, :, rows][:, :, :, rows]
+    assert torch.equal(mirrors.predict(image, valid).mean_m[valid], mirrors.predict(whole).mean_m[valid])
+    plain = load_model(folder)
+    assert not torch.equal(plain.predict(image, valid).mean_m[valid], plain.predict(whole).mean_m[valid])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])

@@ -17,6 +17,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "models" / "recipes").glob("*.toml
 
 TINY = {
     "pvt": {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 16, 16], "num_heads": [1, 1, 2, 2]},
+    "resnet": {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 16], "stem_width": 8},
     "vit": {"depth": 4, "embed_dim": 32, "num_heads": 2},
 }
 """Options that make a backbone of the family small."""
