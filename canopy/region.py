@@ -307,8 +307,10 @@ def _run_sheet(
 ) -> tuple[StagedSheet, bool]:
     """Predict one sheet into its staged files; whether it has any height."""
     from canopy.model.calibration import interval
+    from canopy.mosaicker.ensemble import Ensemble
     from canopy.mosaicker.predict import predict_sheet
 
+    ensemble = Ensemble(models=(model,))
     table = model.contract.calibration
     has_height = False
 
@@ -320,7 +322,9 @@ def _run_sheet(
         # Closed before the image is: an error while writing must not leave the reader thread on a closed file.
         predictions = stack.enter_context(
             closing(
-                predict_sheet(model, source, plan.layout, sheet, wanted=wanted, stages=stages, advance=advance, batch=batch)
+                predict_sheet(
+                    ensemble, source, plan.layout, sheet, wanted=wanted, stages=stages, advance=advance, batch=batch
+                )
             )
         )
         for prediction in predictions:

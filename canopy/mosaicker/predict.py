@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from canopy.errors import ContractError
 from canopy.grid import Box, Layout
-from canopy.model.package import HeightModel
 from canopy.mosaicker.blend import Blend, Strip
+from canopy.mosaicker.ensemble import Ensemble
 from canopy.raster import Pixels
 from canopy.tiler.imagery import Imagery
 
@@ -74,7 +74,7 @@ class Prediction:
 
 
 def predict_sheet(
-    model: HeightModel,
+    ensemble: Ensemble,
     imagery: Imagery,
     layout: Layout,
     box: Box,
@@ -87,7 +87,7 @@ def predict_sheet(
     """Heights and spreads of `box`, from the top, in strips.
 
     Args:
-        model: The model.
+        ensemble: The model or models.
         imagery: Imagery on the lattice; a reader thread of this call is its only user meanwhile.
         layout: Windows of the model.
         box: The sheet, in lattice pixels.
@@ -101,7 +101,7 @@ def predict_sheet(
     cols = layout.windows_over(box.col0, box.col1)
     col0, col1 = layout.window_span(cols[0])[0], layout.window_span(cols[-1])[1]
     blend = Blend(layout, box)
-    count = windows_at_once(model.device.type, batch)
+    count = windows_at_once(ensemble.device.type, batch)
     band = _Band(imagery, col0, col1)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as reader:
         ahead: Future[Pixels] = reader.submit(band.read, *layout.window_span(rows[0]))
@@ -120,7 +120,7 @@ def predict_sheet(
             due = [col for col in cols if usable[_support(layout, row, col, box).slices_in(strip_box)].any()]
             for start in range(0, len(due), count):
                 _run(
-                    model, layout, blend, row, due[start : start + count],
+                    ensemble, layout, blend, row, due[start : start + count],
                     batch=count, strip_box=strip_box, pixels=pixels, stages=stages,
                 )  # fmt: skip
             advance(len(cols))
@@ -138,7 +138,7 @@ def _support(layout: Layout, row: int, col: int, box: Box) -> Box:
 
 
 def _run(
-    model: HeightModel,
+    ensemble: Ensemble,
     layout: Layout,
     blend: Blend,
     row: int,
@@ -157,7 +157,7 @@ def _run(
         images = np.concatenate([images, np.zeros((batch - len(cols), *images.shape[1:]), images.dtype)])
         valids = np.concatenate([valids, np.zeros((batch - len(cols), *valids.shape[1:]), bool)])
     with stages.time("forward"):
-        heights = model.predict(torch.from_numpy(images), torch.from_numpy(valids))
+        heights = ensemble.predict(torch.from_numpy(images), torch.from_numpy(valids))
         mean, spread = heights.mean_m.cpu().numpy(), heights.spread_m.cpu().numpy()
         abstain = heights.abstain.cpu().numpy()
     with stages.time("blend"):

@@ -10,6 +10,7 @@ from pyproj import CRS
 from canopy.errors import ContractError
 from canopy.grid import Box, Lattice, Layout
 from canopy.model.package import load_model
+from canopy.mosaicker.ensemble import Ensemble
 from canopy.mosaicker.predict import GPU_BATCH, Stages, predict_sheet, windows_at_once
 from canopy.raster import write_raster
 from canopy.tiler.imagery import open_imagery
@@ -34,7 +35,7 @@ def sheet(model, photo, box):
         strips = [
             prediction.strip
             for prediction in predict_sheet(
-                model, imagery, layout, box,
+                Ensemble(models=(model,)), imagery, layout, box,
                 wanted=lambda part: np.ones(part.shape, bool), stages=Stages(), advance=lambda _: None,
             )
         ]  # fmt: skip
