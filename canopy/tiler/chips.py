@@ -47,6 +47,7 @@ from canopy import __version__
 from canopy.errors import CanopyError, NoPointsError, OutputError, RecipeError
 from canopy.grid import Box, Lattice
 from canopy.raster import Pixels, create_raster, read_raster
+from canopy.tiler.area import PlannedArea
 from canopy.tiler.quality import ChipFacts, JudgedChip, Verdict, judge, judge_set
 from canopy.tiler.recipe import TileSetRecipe, load_recipe, resolve
 from canopy.tiler.register import Shift, measure_shift, robust_shift, shift_height
@@ -54,7 +55,6 @@ from canopy.tiler.scenes import (
     Finder,
     Item,
     Label,
-    PlannedArea,
     Scene,
     acquisition_day,
     gap_days,
