@@ -10,7 +10,8 @@ import rasterio.shutil
 from pyproj import CRS
 
 from canopy.grid import Box, Lattice
-from canopy.mosaicker.publish import HEIGHT_BANDS, quantise, stage_sheet, write_cog
+from canopy.mosaicker.publish import HEIGHT_BANDS, stage_sheet, write_cog
+from canopy.mosaicker.quantum import quantise
 
 TARGET = 1.1
 SIDE_PX = 4096

@@ -15,18 +15,8 @@ from rio_cogeo.cogeo import cog_info, cog_validate
 
 from canopy.errors import OutputError, RasterError
 from canopy.grid import Box, Lattice, sheets_over
-from canopy.mosaicker.publish import (
-    ERROR_BANDS,
-    HEIGHT_BANDS,
-    QUANTUM_M,
-    check_cog,
-    error_bands,
-    halve,
-    open_map,
-    quantise,
-    stage_sheet,
-    write_cog,
-)
+from canopy.mosaicker.publish import ERROR_BANDS, HEIGHT_BANDS, check_cog, open_map, stage_sheet, write_cog
+from canopy.mosaicker.quantum import QUANTUM_M, error_bands, halve, quantise
 from canopy.raster import create_raster
 
 LATTICE = Lattice(crs=CRS.from_epsg(32610), gsd_m=0.6)
