@@ -7,11 +7,11 @@ import pytest
 import torch
 from pyproj import CRS
 
-from canopy.errors import ContractError
 from canopy.grid import Box, Lattice, Layout
 from canopy.model.package import load_model
 from canopy.mosaicker.ensemble import Ensemble
-from canopy.mosaicker.predict import GPU_BATCH, Stages, predict_sheet, windows_at_once
+from canopy.mosaicker.predict import predict_sheet
+from canopy.mosaicker.stages import Stages
 from canopy.raster import write_raster
 from canopy.tiler.imagery import open_imagery
 
@@ -54,13 +54,3 @@ def test_a_part_is_cut_from_the_whole_bit_for_bit(tiny_model, photo, precision):
         np.testing.assert_array_equal(of_whole[place], of_part)
     heights_m = sheet(load_model(tiny_model), photo, PART)[0]
     assert np.array_equal(heights_m, part[0]) == (precision == "float32"), "the control: precision does move heights"
-
-
-def test_a_cpu_takes_one_window_at_a_time_and_a_gpu_as_many_as_told():
-    assert (windows_at_once("cpu", None), windows_at_once("cpu", 1)) == (1, 1)
-    assert (windows_at_once("cuda", None), windows_at_once("cuda", 3)) == (GPU_BATCH, 3)
-    with pytest.raises(ContractError, match="batch 2 must be 1 on a CPU"):
-        windows_at_once("cpu", 2)
-    for device in ("cpu", "cuda"):
-        with pytest.raises(ContractError, match="batch 0 is below 1"):
-            windows_at_once(device, 0)
