@@ -11,6 +11,7 @@ Loading is strict: a folder that is not exactly that is refused with one line th
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import shutil
@@ -242,7 +243,7 @@ class HeightModel:
     def prepare(self, image_bchw: Tensor | NDArray[Any], valid_bhw: Tensor | NDArray[np.bool_] | None = None) -> Tensor:
         """What the network is given for an image: the first half of `predict`, float32 on the device, filled and normalised.
 
-        Arguments and errors as for `predict`. From pinned memory the image travels while the device does other work.
+        Arguments and errors as for `predict`. An image in pinned memory is read after this has returned.
         """
         image = torch.as_tensor(image_bchw)
         assert image.ndim == 4, f"image has {image.ndim} axes, (batch, band, row, col) expected"
@@ -257,7 +258,7 @@ class HeightModel:
         )
         with torch.inference_mode(), self._within_memory(image):
             self._check_values(image, valid)
-            return normalise(image.to(self.device, non_blocking=True), valid, self.contract)
+            return normalise(_sent(image, self.device), valid, self.contract)
 
     def heights(self, x_bchw: Tensor) -> HeightDistribution:
         """Height distribution of what `prepare` made: the second half of `predict`.
@@ -366,6 +367,24 @@ def _exact(device: torch.device) -> Iterator[None]:
             )
         stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
+
+
+@functools.cache
+def _copies(device: torch.device) -> Any:
+    """The stream of a CUDA device in which images travel to it."""
+    return torch.cuda.Stream(device)
+
+
+def _sent(image: Tensor, device: torch.device) -> Tensor:
+    """The image on the device; from pinned memory it travels while the device computes what it was given before."""
+    if device.type != "cuda" or image.device.type != "cpu" or not image.is_pinned():
+        return image.to(device)
+    copies, compute = _copies(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(copies):
+        there = image.to(device, non_blocking=True)
+    compute.wait_stream(copies)
+    there.record_stream(compute)  # or its memory could be given to the next image while it is still read
+    return there
 
 
 def _lacks_memory(error: RuntimeError) -> bool:

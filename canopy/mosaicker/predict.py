@@ -369,7 +369,7 @@ class _Answer:
 
 
 class _Lanes:
-    """Threads that put batches through the network: on a CPU one for every window at once, for a GPU one that queues them."""
+    """Threads that put batches through the network: on a CPU one for every window at once, for a GPU one that queues."""
 
     def __init__(self, ensemble: Ensemble, stages: Stages, threads: int, count: int) -> None:
         self._ensemble, self._stages, self._threads = ensemble, stages, threads
