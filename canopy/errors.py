@@ -40,6 +40,14 @@ class OutputError(CanopyError):
     """An output folder or file that cannot be written without losing something."""
 
 
+class RegionError(CanopyError):
+    """Sheets of a region that could not be made; the others are kept."""
+
+
+class ClusterError(CanopyError):
+    """Workers that cannot be had, or that died."""
+
+
 class AreaError(CanopyError):
     """An area of interest that is empty, unreadable or off the imagery."""
 
