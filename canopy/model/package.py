@@ -372,7 +372,7 @@ def _exact(device: torch.device) -> Iterator[None]:
 @functools.cache
 def _copies(device: torch.device) -> Any:
     """The stream of a CUDA device in which images travel to it."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _sent(image: Tensor, device: torch.device) -> Tensor:
