@@ -476,13 +476,16 @@ def test_a_disk_that_fills_up_during_the_run(image, tiny_model, whole, small_dis
     import shutil
 
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr("canopy.region.shutil.disk_usage", lambda path: usage._replace(free=10**12))
-    for size in (16 << 10, 200 << 10, 600 << 10, 700 << 10):
+    monkeypatch.setattr("canopy.region.run.shutil.disk_usage", lambda path: usage._replace(free=10**12))
+    for size, staged in ((16 << 10, False), (700 << 10, False), (4 << 20, False), (4180 << 10, True)):
         disk = small_disk(size)
         with pytest.raises(CanopyError, match="free disk space") as error:
             map_region(imagery=image, model=tiny_model, out=disk / "out")
         assert "\n" not in str(error.value)
-        assert not list(disk.iterdir())
+        # What is predicted is kept once it is whole; of less nothing is left.
+        assert [p.name for p in disk.glob("*/*")] == ([".canopy-work"] if staged else [])
+        assert ("canopy map resume" in str(error.value)) == staged
+        assert disk.joinpath("out").exists() == staged
 
 
 def test_what_the_run_says_about_itself(whole):
@@ -490,7 +493,8 @@ def test_what_the_run_says_about_itself(whole):
     assert record["map"] | {"shape": [170, 200], "gsd_m": 0.6, "window_px": 64, "stride_px": 48} == record["map"]
     assert record["time"]["bound_by"] in record["time"]["stages_s"]
     assert sum(record["time"]["stages_s"].values()) <= record["time"]["wall_s"] * 1.01
-    assert record["model"]["calibration"].startswith("uncalibrated")
+    assert record["calibration"].startswith("uncalibrated")
+    assert [model["name"] for model in record["models"]] == ["tiny"]
     assert record["machine"] | {"precision": "float32", "compiled": False, "batch": 1} == record["machine"]
     for path in (whole.height, whole.error):
         with rasterio.open(path) as dataset:

@@ -148,7 +148,8 @@ def crew_for(plan: Plan, engine: Engine, sheets: int) -> Iterator[Crew | None]:
         if engine.cluster is not None:
             from canopy.region.cluster import start_cluster
 
-            address = stack.enter_context(start_cluster(engine.cluster, gpus=plan.device_type == "cuda"))
+            resources = resources or {LOCAL_RESOURCE: 1.0}
+            address = stack.enter_context(start_cluster(engine.cluster, next(iter(resources))))
         elif engine.scheduler is None:
             resources = resources or {LOCAL_RESOURCE: 1.0}
             address = stack.enter_context(_local_cluster(plan, processes, resources))
