@@ -126,7 +126,7 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
 def _tally(heights_m: NDArray[np.float32]) -> tuple[int, int, int, int, int, int]:
     """Count, least, largest, sum and sum of squares in quanta, and how many values are none."""
     count, total, squares, off = 0, 0, 0, 0
-    least, largest = np.int64(2**62), np.int64(-(2**62))
+    least, largest = 2**62, -(2**62)
     for height_m in heights_m:
         if np.isnan(height_m):
             continue
@@ -135,7 +135,7 @@ def _tally(heights_m: NDArray[np.float32]) -> tuple[int, int, int, int, int, int
         if not abs(quanta) < 2**23 or quanta != np.rint(quanta):
             off += 1
             continue
-        q = np.int64(quanta)
+        q = int(quanta)
         count += 1
         least, largest = min(least, q), max(largest, q)
         total += q

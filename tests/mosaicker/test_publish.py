@@ -196,6 +196,15 @@ def test_what_no_sheet_covers_is_unknown(tmp_path):
         assert np.isnan(dataset.read(1)[first]).all()
 
 
+@pytest.mark.parametrize("cols", [512, 1024])
+def test_a_map_or_an_overview_as_wide_as_a_block(tmp_path, cols):
+    """rio-cogeo takes it for a file in strips."""
+    box = Box(0, 0, 1300, cols)
+    with stage_sheet(tmp_path, LATTICE, box) as (sheet, writer):
+        writer.write(box, np.ones(box.shape, np.float32), np.ones((3, *box.shape), np.float32))
+    write_cog(tmp_path / "a.tif", [(box, sheet.height)], lattice=LATTICE, box=box, band_names=HEIGHT_BANDS, tags=TAGS)
+
+
 # --- check_cog refuses ---------------------------------------------------------------------------------------------------
 
 
