@@ -492,7 +492,14 @@ def create_raster(
             f"cannot write {path} ({error.__cause__ or error}); free disk space or choose another folder"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        delete(part)
+
+
+def delete(*paths: Path) -> None:
+    """Delete those of the files that exist; on a read-only volume it is an error to delete what does not."""
+    for path in paths:
+        if path.exists():
+            path.unlink()
 
 
 def _check_closed(path: Path, part: Path) -> None:

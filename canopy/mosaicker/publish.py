@@ -24,7 +24,7 @@ from canopy.errors import OutputError, RasterError
 from canopy.grid import Box, Grid, Lattice
 from canopy.mosaicker.quantum import Statistics, halve, merge, statistics_of
 from canopy.mosaicker.vrt import BLOCK_PX, mosaic_vrt
-from canopy.raster import GDAL_ERRORS, Raster, RasterWriter, create_raster, open_raster
+from canopy.raster import GDAL_ERRORS, Raster, RasterWriter, create_raster, delete, open_raster
 
 if TYPE_CHECKING:
     import xarray
@@ -66,8 +66,7 @@ class StagedSheet:
 
     def unlink(self) -> None:
         """Delete both files."""
-        self.height.unlink(missing_ok=True)
-        self.error.unlink(missing_ok=True)
+        delete(self.height, self.error)
 
 
 def _name(box: Box) -> str:
@@ -147,11 +146,11 @@ def write_pair(
             )
             for path, kind, names in files
         ]  # fmt: skip
-    failed = [failure for job in jobs if (failure := job.exception()) is not None]
-    if failed:
-        height.unlink(missing_ok=True)
-        error.unlink(missing_ok=True)
-        raise failed[0]
+    failures = [job.exception() for job in jobs]
+    if any(failures):
+        for (path, _, _), failure in zip(files, failures, strict=True):
+            if failure is None:
+                path.unlink()
     first, second = (job.result() for job in jobs)
     return first, second
 
@@ -218,9 +217,7 @@ def write_cog(
             raise OutputError(f"cannot write {out} ({reason}); free disk space or choose another folder") from error
         part.replace(out)
     finally:
-        part.unlink(missing_ok=True)
-        for path in (vrt, *out.parent.glob(f"{vrt.name}.*.tif")):
-            path.unlink(missing_ok=True)
+        delete(part, vrt, *out.parent.glob(f"{vrt.name}.*.tif"))
     return levels[0]
 
 

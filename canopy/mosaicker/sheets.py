@@ -31,7 +31,7 @@ from canopy.mosaicker.gti import write_gti
 from canopy.mosaicker.publish import ERROR_BANDS, HEIGHT_BANDS, StagedSheet, chunks, overview_factors, write_cog, write_pair
 from canopy.mosaicker.quantum import BandStatistics, Statistics, halve, merge
 from canopy.mosaicker.vrt import BLOCK_PX, mosaic_vrt
-from canopy.raster import create_raster, open_raster
+from canopy.raster import create_raster, delete, open_raster
 
 if TYPE_CHECKING:
     import geopandas
@@ -139,8 +139,7 @@ def publish_sheet(
             lattice=lattice, box=box, tags=tags, factors=_factors(sheet_px), threads=threads,
         )  # fmt: skip
     else:
-        height.unlink(missing_ok=True)
-        error.unlink(missing_ok=True)
+        delete(height, error)
         statistics = (BandStatistics(),) * len(HEIGHT_BANDS), (BandStatistics(),) * len(ERROR_BANDS)
     return PublishedSheet(box=staged.box, name=staged.name, height=statistics[0], error=statistics[1])
 
@@ -266,8 +265,7 @@ def _index(
         if has_overviews:
             shutil.copyfile(parts[".vrt.ovr"], parts[".gti.gpkg.ovr"])
         else:
-            final.pop(".vrt.ovr").unlink(missing_ok=True)
-            final.pop(".gti.gpkg.ovr").unlink(missing_ok=True)
+            delete(final.pop(".vrt.ovr"), final.pop(".gti.gpkg.ovr"))
         write_gti(parts[".gti.gpkg"], _footprints(out, kind, sheets, lattice), grid, names, tags, band_tags=band_tags)
         parts[".vrt"].write_bytes(mosaic_vrt(files, grid, extent, names, tags, band_tags=band_tags, beside=out))
         for suffix, path in final.items():
@@ -278,8 +276,7 @@ def _index(
             f"cannot write {final['.vrt']} and its index ({reason}); free disk space or choose another folder"
         ) from error
     finally:
-        for path in out.glob(f".part.{kind}.*"):
-            path.unlink(missing_ok=True)
+        delete(*out.glob(f".part.{kind}.*"))
     return final[".vrt"]
 
 
