@@ -11,6 +11,7 @@ one thread (see `canopy.mosaicker.batch`): a pixel does not depend on what else 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,7 +71,7 @@ def predict_sheet(
         box: The sheet, in lattice pixels.
         wanted: (row, col) mask of the pixels that are asked for, for any part of `box`, called from the reader thread;
             windows without a wanted valid pixel are not run.
-        stages: Gets the time of "read", "forward" and "blend", and which of "read", "forward" and "write" was waited for.
+        stages: Gets the times of "read", "forward" and "blend", and how long the caller was busy with strips as "write".
         advance: Called with the number of windows done, run or not, in the caller's thread.
         batch: Windows at once, made by `find_batch` for the whole run; or as that takes it.
 
@@ -91,7 +92,9 @@ def predict_sheet(
             while (rows := ahead.result()) is not None:
                 ahead = driver.submit(next, strips, None)
                 advance(rows.windows)
+                start = time.perf_counter()
                 yield from rows.pieces()
+                stages.held("write", time.perf_counter() - start)
         finally:
             sheet.stopped.set()
             driver.submit(strips.close).result()
@@ -188,8 +191,7 @@ class _Sheet:
             for row in self.rows:
                 while self.sent and not ahead.done():
                     yield from self._collect(lanes)
-                with self.stages.wait("read"):
-                    band = ahead.result()
+                band = ahead.result()
                 if row != self.rows[-1]:
                     ahead = reader.submit(self._read, row + 1)
                 start = 0
@@ -206,7 +208,7 @@ class _Sheet:
     # --- reading
 
     def _read(self, row: int) -> _Band:
-        with self.stages.time("read"):
+        with self.stages.side("read"):
             row0, row1 = self.layout.window_span(row)
             pixels = self.reader.read(row0, row1)
             box = Box(row0, self.reader.col0, row1, self.reader.col1)
@@ -254,17 +256,14 @@ class _Sheet:
             raise _StoppedError
         work = self.sent.popleft()
         if not work.cols:
-            rows = self._finished(work.band)
-            with self.stages.wait("write"):  # from here on the caller's thread has to ask for more
-                yield rows
+            yield self._finished(work.band)
             return
-        with self.stages.wait("forward"):
-            work.settle()
-            if work.answer is None:
-                self._again(lanes, work)
-            assert work.answer is not None, "windows without an answer"
-            mean_m, spread_m, abstain = work.answer.arrays(self.stages)
-        with self.stages.time("blend"):
+        work.settle()
+        if work.answer is None:
+            self._again(lanes, work)
+        assert work.answer is not None, "windows without an answer"
+        mean_m, spread_m, abstain = work.answer.arrays(self.stages)
+        with self.stages.side("blend"):
             usable = work.valids.numpy() & ~abstain
             for index, col in enumerate(work.cols):
                 self.blend.add(work.band.row, col, mean_m[index], spread_m[index], usable[index])
@@ -304,7 +303,7 @@ class _Sheet:
     # --- the result
 
     def _finished(self, band: _Band) -> _Rows:
-        with self.stages.time("blend"):
+        with self.stages.side("blend"):
             row = band.row
             strip = self.blend.take(self.layout.support_span(row + 1)[0] if row != self.rows[-1] else self.box.row1)
         if strip is None:
@@ -355,7 +354,7 @@ class _Answer:
         if self.span is not None:
             start, end = self.span
             end.synchronize()
-            stages.work("forward", start.elapsed_time(end) / 1e3)
+            stages.work("forward", start.elapsed_time(end) / 1e3, side=True)
         mean_m, spread_m, abstain = self.values.numpy()
         return mean_m, spread_m, abstain > 0
 
@@ -405,7 +404,7 @@ class _Lanes:
     def _forward(self, images: torch.Tensor, valids: torch.Tensor) -> _Answer:
         if self._ensemble.device.type == "cuda":
             return self._on_cuda(images, valids)
-        with self._stages.time("forward", shared_by=self.count), torch.inference_mode():
+        with self._stages.side("forward", threads=self.count), torch.inference_mode():
             return _Answer(values=_stacked(self._ensemble.predict(images, valids)).cpu())
 
     def _on_cuda(self, images: torch.Tensor, valids: torch.Tensor) -> _Answer:

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: how long each stage worked, and which of them the run waited for."""
+"""Where the time of a run goes: how long each stage worked, and which of them bounds it."""
 
 from __future__ import annotations
 
@@ -14,47 +14,45 @@ from typing import Any, Self
 class Stages:
     """Seconds of each stage of a run; the one mutable record of it, which any thread may add to.
 
-    Stages overlap, so `seconds` may add up to more than the run took. `waited` does not: at each moment the thread that
-    keeps the others at work is held up by one thing or by nothing.
+    Stages overlap, so their seconds may add up to more than the run took. Those that are busy side by side, and those that
+    have a time for themselves, are compared in `busy`: the busiest bounds the run, because all others wait for it.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     """Stage -> seconds of work, in whichever thread; of work that several threads share, the mean over them."""
-    waited: dict[str, float] = field(default_factory=dict)
-    """Stage -> seconds in which the run could only wait for it."""
+    busy: dict[str, float] = field(default_factory=dict)
+    """Reading, forward, blending, writing and whatever nothing else goes on beside -> seconds that each was busy."""
     windows: int = 0
     """Windows that went through the network."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @contextmanager
-    def time(self, stage: str, *, alone: bool = False, shared_by: int = 1) -> Iterator[None]:
-        """Add the time of the block to `stage`.
-
-        Args:
-            stage: Its name.
-            alone: Nothing else goes on meanwhile, so the run waits for it.
-            shared_by: Threads that do this work side by side.
-        """
+    def time(self, stage: str, *, alone: bool = False) -> Iterator[None]:
+        """Add the time of the block to `stage`; `alone`: nothing else goes on meanwhile."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._add(self.seconds, stage, (time.perf_counter() - start) / shared_by)
-            if alone:
-                self._add(self.waited, stage, time.perf_counter() - start)
+            self.work(stage, time.perf_counter() - start, side=alone)
+
+    def work(self, stage: str, seconds: float, *, side: bool = False) -> None:
+        """Add seconds of work to `stage`, and if it is one of the sides of the run to what they were busy."""
+        self._add(self.seconds, stage, seconds)
+        if side:
+            self._add(self.busy, stage, seconds)
 
     @contextmanager
-    def wait(self, stage: str) -> Iterator[None]:
-        """Add the time of the block, in which nothing is done but wait for `stage`, to what the run waited for it."""
+    def side(self, name: str, *, threads: int = 1) -> Iterator[None]:
+        """Add the time of the block to a stage that is busy beside others, in so many threads at once."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._add(self.waited, stage, time.perf_counter() - start)
+            self.work(name, (time.perf_counter() - start) / threads, side=True)
 
-    def work(self, stage: str, seconds: float) -> None:
-        """Add seconds of work that were measured elsewhere."""
-        self._add(self.seconds, stage, seconds)
+    def held(self, name: str, seconds: float) -> None:
+        """Add to what a side was busy whose stages are timed by those who do them."""
+        self._add(self.busy, name, seconds)
 
     def count(self, windows: int) -> None:
         """Add to the windows that went through the network."""
@@ -63,36 +61,36 @@ class Stages:
 
     def add(self, other: Stages) -> None:
         """Take in what was measured elsewhere, in another sheet or another process."""
-        for mine, theirs in ((self.seconds, other.seconds), (self.waited, other.waited)):
+        for mine, theirs in ((self.seconds, other.seconds), (self.busy, other.busy)):
             for stage, seconds in theirs.items():
                 self._add(mine, stage, seconds)
         self.count(other.windows)
 
     @property
     def bound_by(self) -> str:
-        """The stage that the run waited for longest: making another one faster would save less."""
-        assert self.waited, "nothing has been timed that a run waits for"
-        return max(self.waited, key=lambda stage: self.waited[stage])
+        """The side that was busy longest: making another one faster would save less."""
+        assert self.busy, "nothing has been timed that a run consists of"
+        return max(self.busy, key=lambda stage: self.busy[stage])
 
     def record(self) -> dict[str, Any]:
         """As a table for JSON; `of` reads it back."""
-        seconds, waited = ({stage: round(value, 3) for stage, value in each.items()} for each in (self.seconds, self.waited))
-        return {"stages_s": seconds, "waited_s": waited, "windows": self.windows}
+        seconds, busy = ({stage: round(value, 3) for stage, value in each.items()} for each in (self.seconds, self.busy))
+        return {"stages_s": seconds, "busy_s": busy, "windows": self.windows}
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """From what `record` gave."""
-        return cls(seconds=dict(record["stages_s"]), waited=dict(record["waited_s"]), windows=record["windows"])
+        return cls(seconds=dict(record["stages_s"]), busy=dict(record["busy_s"]), windows=record["windows"])
 
     def _add(self, table: dict[str, float], stage: str, seconds: float) -> None:
         with self._lock:
             table[stage] = table.get(stage, 0.0) + seconds
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "waited": self.waited, "windows": self.windows}
+        return {"seconds": self.seconds, "busy": self.busy, "windows": self.windows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.seconds, self.waited, self.windows = state["seconds"], state["waited"], state["windows"]
+        self.seconds, self.busy, self.windows = state["seconds"], state["busy"], state["windows"]
         self._lock = threading.Lock()
 
 

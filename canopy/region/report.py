@@ -29,7 +29,7 @@ def run_record(
     import torch
 
     plan = work.plan
-    total = Stages(seconds={"load model": load_s} if load_s else {}, waited={"load model": load_s} if load_s else {})
+    total = Stages(seconds={"load model": load_s} if load_s else {}, busy={"load model": load_s} if load_s else {})
     batch: dict[str, Any] = {}
     hosts: set[str] = set()
     every: tuple[Stage, ...] = ("predict",) if plan.one_file else ("predict", "publish")
