@@ -110,9 +110,9 @@ def find_batch(ensemble: Ensemble, batch: int | None = None) -> Batch:
 
 
 def search(ensemble: Ensemble, path: Path) -> Batch:
-    """The batch at which a window takes least time, by doubling from 1, remembered in `path`.
+    """The smallest batch at which a window takes no more than `GAIN` over the least time, remembered in `path`.
 
-    It ends where memory does, or where doubling saves less than `GAIN`.
+    Batches are doubled from 1 until memory ends or doubling saves less than `GAIN`.
 
     Raises:
         DeviceMemoryError: not even one window fits.
@@ -129,7 +129,8 @@ def search(ensemble: Ensemble, path: Path) -> Batch:
         free_memory(ensemble.device)
         if size not in taken_s or (size > 1 and taken_s[size] > (1 - GAIN) * taken_s[size // 2]):
             break
-    best = min(taken_s, key=lambda size: taken_s[size])
+    least_s = min(taken_s.values())
+    best = next(size for size, seconds in taken_s.items() if seconds <= least_s * (1 + GAIN))
     memory = _Memory(
         device=_device_name(ensemble.device), model=ensemble.name, batch=best,
         window_ms={size: round(1e3 * seconds, 4) for size, seconds in taken_s.items()},
