@@ -252,7 +252,7 @@ def work_alone(work: Work, todo: list[int], told: Told) -> Outcome:
                 if attempt < ATTEMPTS and _is_worth_another(error):
                     continue
                 if _give_up(work, outcome, number, error):
-                    outcome.left, waiting = len(waiting), []
+                    outcome.left, waiting = outcome.left + len(waiting), []
                 break
     return outcome
 
@@ -308,7 +308,7 @@ def work_together(crew: Crew, work: Work, todo: list[int], told: Told, windows: 
                 attempts[number] += 1
                 submit("predict", number)  # which finds what is done, and does the rest
             elif _give_up(work, outcome, number, error):
-                outcome.left, waiting = len(waiting), []
+                outcome.left, waiting = outcome.left + len(waiting), []
             continue
         limits.seen()
         if record.stage == work.last_stage:

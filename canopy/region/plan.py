@@ -212,14 +212,18 @@ class Plan(Value):
         for one, two in zip(self.models, other.models, strict=False):
             if one.weights_sha256 != two.weights_sha256 or one.contract_sha256 != two.contract_sha256:
                 return f"model {two.name} {two.version} ({two.weights_sha256[:12]}…, contract {two.contract_sha256[:12]}…)"
+        if len(self.models) != len(other.models):
+            return f"{len(other.models)} models instead of {len(self.models)}"
         before = {stamp.path: stamp for stamp in self.imagery.stamps}
         for stamp in other.imagery.stamps:
             if stamp.path not in before:
                 return f"imagery {stamp.path}"
             if before[stamp.path] != stamp:
                 return f"a changed {stamp.path}"
+        if self.imagery.manifest_sha256 != other.imagery.manifest_sha256 or len(before) != len(other.imagery.stamps):
+            return "other imagery"
         names = {
-            "models": "number of models", "imagery": "imagery", "bands": "bands", "crs": "CRS", "gsd_m": "GSD",
+            "bands": "bands", "crs": "CRS", "gsd_m": "GSD",
             "area": "area of interest", "tta": "test-time augmentation", "device_type": "device", "precision": "precision",
             "compiled": "compilation",
         }  # fmt: skip
