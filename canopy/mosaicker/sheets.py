@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,7 +108,7 @@ def publish_sheet(
     """Turn a staged sheet into its two COGs in `out/sheets`, checked, with their names last.
 
     It holds no lock of Python's while it compresses, uses no torch, and gives the same bytes with any number of threads: it
-    may run beside the model (see `publish_behind`), in another thread or process. Done twice it leaves the same files. The
+    may run beside the model, in another thread or process. Done twice it leaves the same files. The
     staged files stay, for the caller to delete once the sheet is on record.
 
     Args:
@@ -162,29 +161,6 @@ def _cell(box: Box, sheet_px: int) -> tuple[int, int] | None:
 
 def _corners(box: Box) -> tuple[tuple[int, int], tuple[int, int]]:
     return (box.row0, box.col0), (box.row1 - 1, box.col1 - 1)
-
-
-def publish_behind(
-    staged: Iterable[StagedSheet], publish: Callable[[StagedSheet], PublishedSheet]
-) -> Iterator[PublishedSheet]:
-    """Publish each sheet while the next is made: what a run needs whose model leaves cores idle.
-
-    Args:
-        staged: Sheets, each made when it is asked for. At most one waits while the next is being made.
-        publish: Called for each in a thread of its own; it should also put the sheet on record and delete what was staged,
-            so that nothing is lost when making the next one fails.
-
-    Yields:
-        What `publish` returned, in the order of the sheets.
-    """
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish-behind") as publisher:
-        behind: Future[PublishedSheet] | None = None
-        for sheet in staged:
-            if behind is not None:
-                yield behind.result()
-            behind = publisher.submit(publish, sheet)
-        if behind is not None:
-            yield behind.result()
 
 
 # --- one layer of all of them ----------------------------------------------------------------------------------------------
