@@ -495,6 +495,7 @@ def test_a_file_that_cannot_grow(canopy, tiny_model, tmp_path, limit):
     last = done.stderr.strip().splitlines()[-1]  # libtiff has lines of its own before it
     assert last.startswith("canopy: ")
     assert "free disk space" in last
+    # 300 kB are not enough for the files of the sheet, so nothing of it is kept.
     assert not (tmp_path / "out").exists()
 
 
@@ -513,7 +514,7 @@ def slow_map(tmp_path, tiny_model, out):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )  # fmt: skip
     deadline = time.monotonic() + 90
-    while not list(out.glob(f"{WORK}/.*.part")):
+    while not list(out.glob(f"{WORK}/*/attempts/*/.*.part")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the run did not begin"
         time.sleep(0.05)
@@ -541,11 +542,14 @@ def test_an_interrupted_run_cleans_up(tmp_path, tiny_model, number, existing):
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_result_and_the_next_one_succeeds(canopy, tmp_path, tiny_model, image):
+    """Before a sheet was done there is nothing to go on with, and another map may be made there."""
     out = tmp_path / "out"
     process = slow_map(tmp_path, tiny_model, out)
     process.kill()
     process.communicate(timeout=60)
     assert [p.name for p in out.iterdir()] == [WORK]
+    told = canopy("map", "status", out, "--json")
+    assert {"state": "unfinished", "done": 0, "sheets": 1, "failed": []}.items() <= json.loads(told.stdout).items()
     done = canopy("map", "--imagery", image, "--model", tiny_model, "--out", out)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in out.iterdir()) == ["error.tif", "height.tif", "run.json"]

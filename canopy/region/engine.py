@@ -89,6 +89,14 @@ def visible_gpus(device: str) -> list[str]:
     return [str(number) for number in range(count)] if named is None else named.split(",")[:count]
 
 
+class WorkersDiedError(ClusterError):
+    """A sheet that took several workers down with it."""
+
+
+class SchedulerGoneError(ClusterError):
+    """A scheduler that has ended, or that cannot take tasks of this canopy."""
+
+
 # --- a crew ----------------------------------------------------------------------------------------------------------------
 
 
@@ -302,7 +310,7 @@ def work_together(crew: Crew, work: Work, todo: list[int], told: Told, windows: 
         try:
             record = SheetRecord.model_validate(_result(event))
         except CanopyError as error:
-            if isinstance(error, ClusterError) and event.cancelled():
+            if isinstance(error, SchedulerGoneError):
                 raise
             if attempts[number] < ATTEMPTS and _is_worth_another(error):
                 attempts[number] += 1
@@ -326,12 +334,18 @@ def _result(future: Any) -> Any:
     try:
         return future.result()
     except distributed.KilledWorker as error:
-        raise ClusterError(
+        raise WorkersDiedError(
             f"took {ALLOWED_FAILURES + 1} workers down with it, most often for want of memory; give each more, or choose a "
             f"smaller --sheet-size"
         ) from error
     except (CancelledError, CommClosedError) as error:
-        raise ClusterError("the dask scheduler is gone; start it again, and go on with canopy map resume") from error
+        raise SchedulerGoneError("the dask scheduler is gone; start it again, and go on with canopy map resume") from error
+    except RuntimeError as error:
+        if "deserialization" not in str(error):
+            raise
+        raise SchedulerGoneError(
+            "the dask scheduler does not understand what it is given; install the same canopy where it runs"
+        ) from error
     except ModuleNotFoundError as error:
         raise ClusterError(
             f"a worker lacks {error.name}; install the same canopy in the environment of all workers"
@@ -370,12 +384,12 @@ class _Limits:
 
 
 def _is_worth_another(error: CanopyError) -> bool:
-    """Whether trying again may help: not where the disk is full or the model does not fit."""
-    return not isinstance(error, OutputError | ContractError)
+    """Whether trying again may help: not where the disk is full, the model does not fit, or several workers have died."""
+    return not isinstance(error, OutputError | ContractError | WorkersDiedError)
 
 
 def _give_up(work: Work, outcome: Outcome, number: int, error: CanopyError) -> bool:
     """Note a failure; whether it would stop every other sheet as well."""
     outcome.failed.append(work.fail(number, str(error)))
     outcome.first_error = outcome.first_error or error
-    return not _is_worth_another(error)
+    return isinstance(error, OutputError | ContractError)

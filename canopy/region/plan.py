@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -207,29 +207,27 @@ class Plan(Value):
 
     def difference(self, other: Plan) -> str:
         """The first thing in which another plan would give other pixels, in words."""
+        return next(self._differences(other), "other settings")
+
+    def _differences(self, other: Plan) -> Iterator[str]:
         if self.canopy != other.canopy:
-            return f"canopy {other.canopy} instead of {self.canopy}"
+            yield f"canopy {other.canopy} instead of {self.canopy}"
         for one, two in zip(self.models, other.models, strict=False):
-            if one.weights_sha256 != two.weights_sha256 or one.contract_sha256 != two.contract_sha256:
-                return f"model {two.name} {two.version} ({two.weights_sha256[:12]}…, contract {two.contract_sha256[:12]}…)"
+            if (one.weights_sha256, one.contract_sha256) != (two.weights_sha256, two.contract_sha256):
+                yield f"model {two.name} {two.version} ({two.weights_sha256[:12]}…, contract {two.contract_sha256[:12]}…)"
         if len(self.models) != len(other.models):
-            return f"{len(other.models)} models instead of {len(self.models)}"
+            yield f"{len(other.models)} models instead of {len(self.models)}"
         before = {stamp.path: stamp for stamp in self.imagery.stamps}
         for stamp in other.imagery.stamps:
-            if stamp.path not in before:
-                return f"imagery {stamp.path}"
-            if before[stamp.path] != stamp:
-                return f"a changed {stamp.path}"
+            if before.get(stamp.path) != stamp:
+                yield f"a changed {stamp.path}" if stamp.path in before else f"imagery {stamp.path}"
         if self.imagery.manifest_sha256 != other.imagery.manifest_sha256 or len(before) != len(other.imagery.stamps):
-            return "other imagery"
+            yield "other imagery"
         names = {
-            "bands": "bands", "crs": "CRS", "gsd_m": "GSD",
-            "area": "area of interest", "tta": "test-time augmentation", "device_type": "device", "precision": "precision",
-            "compiled": "compilation",
+            "bands": "bands", "crs": "CRS", "gsd_m": "GSD", "area": "area of interest", "tta": "test-time augmentation",
+            "device_type": "device", "precision": "precision", "compiled": "compilation",
         }  # fmt: skip
-        return next(
-            (f"other {name}" for key, name in names.items() if getattr(self, key) != getattr(other, key)), "other settings"
-        )
+        yield from (f"other {name}" for key, name in names.items() if getattr(self, key) != getattr(other, key))
 
     def refuse_changed(self) -> None:
         """Stop when what the plan was made with is no longer there: a map is of one state of its inputs.

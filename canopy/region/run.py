@@ -41,7 +41,7 @@ from canopy.region.records import (
     write_text,
 )
 from canopy.region.report import run_record
-from canopy.region.sheet import Desk, leave_seat, open_source, published_sheet, staged_sheet, take_seat
+from canopy.region.sheet import Desk, check_known, leave_seat, open_source, published_sheet, staged_sheet, take_seat
 from canopy.tiler.area import Area, BoundsLonLat
 from canopy.tiler.find import imagery_source
 from canopy.tiler.imagery import Band, ImagerySource, LocalPaths
@@ -510,11 +510,12 @@ def _finish_files(work: Work, out: Path, clock: _Clock, crew: dict[str, Any], *,
     try:
         with stages.time("publish", alone=True):
             if plan.one_file:
-                write_pair(
+                height, _ = write_pair(
                     work.result / HEIGHT[0], work.result / ERROR[0],
                     [staged_sheet(work, record.sheet) for record in records],
                     lattice=plan.lattice, box=plan.extent, tags=plan.tags,
                 )  # fmt: skip
+                check_known(work, height[0].count, sum(record.known_px for record in records))
             else:
                 from canopy.mosaicker.sheets import index_sheets
 

@@ -252,6 +252,7 @@ def _publish(work: Work, number: int) -> SheetRecord:
     with work.attempt(number) as attempt:
         with stages.time("publish"):
             sheet = publish_sheet(attempt, staged, lattice=plan.lattice, sheet_px=plan.sheet_px, tags=plan.tags)
+        check_known(work, sheet.height[0].count, predicted.known_px)
         places = {path: work.result / path.relative_to(attempt) for path in sheet.paths(attempt)}
         record = work.new_record(
             number, "publish", files=keep(places, work.folder), known_px=predicted.known_px,
@@ -260,6 +261,19 @@ def _publish(work: Work, number: int) -> SheetRecord:
         work.finish(record)
     staged.unlink()
     return record
+
+
+def check_known(work: Work, found_px: int, predicted_px: int) -> None:
+    """Refuse files that do not hold every height that was predicted for them.
+
+    Raises:
+        OutputError: some got lost on the disk, after they were written and before they were read again.
+    """
+    if found_px != predicted_px:
+        raise OutputError(
+            f"{work.staged} holds {found_px} heights of {predicted_px} that were predicted, so its disk loses data; start "
+            f"anew on another with canopy map …"
+        )
 
 
 def staged_sheet(work: Work, number: int) -> StagedSheet:
