@@ -114,8 +114,10 @@ def _check_whole(path: Path, box: Box, count: int) -> None:
 
     The blocks lie one behind the other, uncompressed, so that a file that lacks one is too short. It would read as NaN.
     """
-    blocks = math.prod(-(-side // BLOCK_PX) for side in box.shape)
-    if path.stat().st_size < count * blocks * BLOCK_PX**2 * np.dtype(np.float32).itemsize:
+    with open_raster(path) as raster:
+        block = raster.block_shapes[0]
+    pixels = math.prod(-(-side // part) * part for side, part in zip(box.shape, block, strict=True))
+    if path.stat().st_size < count * pixels * np.dtype(np.float32).itemsize:
         delete(path)
         raise OutputError(f"cannot write {path} (blocks of it are missing); free disk space or choose another folder")
 
