@@ -370,6 +370,9 @@ def map_(
     scheduler: Scheduler = None,
     cluster: Cluster = None,
     workers: Workers = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would take in time, memory and disk, and do nothing.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -377,18 +380,31 @@ def map_(
 
     Example: canopy map area.geojson --imagery photo.tif --model models/canopy-sample --out map
     """
-    from canopy.region import MAX_FILE_PX, SHEET_PX, map_region
+    from canopy.region import MAX_FILE_PX, SHEET_PX, forecast_region, map_region
     from canopy.tiler.find import imagery_source
 
-    area = _area(aoi, bbox, place)
+    area, source = _area(aoi, bbox, place), imagery_source(imagery, cache)
+    settings: dict[str, Any] = {
+        "imagery": source, "model": model or "canopy-sample", "gsd_m": gsd, "crs": crs, "bands": _band_list(bands),
+        "tta": tta, "sheet_px": SHEET_PX if sheet_size is None else sheet_size,
+        "max_file_px": MAX_FILE_PX if max_file_size is None else max_file_size, "device": device, "precision": precision,
+        "compile": compile_first, "batch": batch, "cluster": cluster, "workers": workers,
+    }  # fmt: skip
+    if plan:
+        if scheduler is not None:
+            raise CanopyError("--plan measures on this machine, not on workers of a --scheduler; run it on one of those")
+        planned, forecast = forecast_region(area, **settings)
+        if as_json:
+            _print_json(
+                {"sheets": len(planned.sheets), "one_file": planned.one_file, "crs": planned.crs, **forecast.record()}
+            )
+            return
+        files = "one file" if planned.one_file else "a file a sheet"
+        typer.echo(f"{len(planned.sheets)} sheets, {files}, in {planned.crs}, {planned.crs_chosen}")
+        typer.echo(str(forecast))
+        return
     with _kept(out), _progress() as progress:
-        result = map_region(
-            area, imagery=imagery_source(imagery, cache), model=model or "canopy-sample", out=out, gsd_m=gsd, crs=crs,
-            bands=_band_list(bands), tta=tta, sheet_px=SHEET_PX if sheet_size is None else sheet_size,
-            max_file_px=MAX_FILE_PX if max_file_size is None else max_file_size, device=device, precision=precision,
-            compile=compile_first, batch=batch, scheduler=scheduler, cluster=cluster, workers=workers, overwrite=overwrite,
-            progress=progress,
-        )  # fmt: skip
+        result = map_region(area, out=out, scheduler=scheduler, overwrite=overwrite, progress=progress, **settings)
     _show_map(result, as_json=as_json)
 
 

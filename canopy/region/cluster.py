@@ -21,9 +21,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from canopy.errors import ClusterError
 from canopy.settings import read_settings
@@ -117,8 +117,12 @@ class PodCluster(_Cluster):
         return made
 
 
-class ClusterFile(RootModel[Annotated[JobCluster | PodCluster, Field(discriminator="kind")]]):
-    """What a cluster's TOML file may hold."""
+class _Kind(BaseModel):
+    """The key that says what the others may be."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    kind: Literal["slurm", "pbs", "kubernetes"]
 
 
 def read_cluster(path: Path) -> JobCluster | PodCluster:
@@ -127,7 +131,10 @@ def read_cluster(path: Path) -> JobCluster | PodCluster:
     Raises:
         ClusterError: it is missing, no TOML, or holds an unknown key or a wrong value.
     """
-    return read_settings(path, ClusterFile, what="a cluster", error=ClusterError).root
+    kind = read_settings(path, _Kind, what="a cluster", error=ClusterError).kind
+    if kind == "kubernetes":
+        return read_settings(path, PodCluster, what="a cluster", error=ClusterError)
+    return read_settings(path, JobCluster, what="a cluster", error=ClusterError)
 
 
 @contextmanager

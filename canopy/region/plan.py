@@ -336,7 +336,7 @@ def plan_region(
         )
     told = {
         "source": info.source, "files": source.record(), "gsd_m": info.gsd_m, "dtype": info.dtype,
-        "crs": info.crs.to_string(), "alpha": info.alpha, "alpha_reason": info.alpha_reason, "left_out": info.left_out,
+        "crs": info.crs.to_string(), "alpha": info.alpha, "alpha_reason": info.alpha_reason, "left_out": [*info.left_out],
     }  # fmt: skip
     return Plan(
         canopy=__version__,

@@ -19,11 +19,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pyproj import CRS
 
 from canopy.errors import AreaError, CanopyError, OutputError, RegionError
+from canopy.grid import Box
 from canopy.mosaicker.publish import BYTES_PER_PIXEL, write_pair
 from canopy.mosaicker.stages import Stages
+from canopy.region.cluster import read_cluster
 from canopy.region.engine import Crew, Engine, Outcome, Told, crew_for, work_alone, work_together
 from canopy.region.plan import MAX_FILE_PX, SHEET_PX, Plan, manifest_of, plan_region
 from canopy.region.records import (
@@ -42,12 +46,13 @@ from canopy.region.records import (
 )
 from canopy.region.report import run_record
 from canopy.region.sheet import Desk, check_known, leave_seat, open_source, published_sheet, staged_sheet, take_seat
-from canopy.tiler.area import Area, BoundsLonLat
+from canopy.tiler.area import Area, BoundsLonLat, area_mask
 from canopy.tiler.find import imagery_source
 from canopy.tiler.imagery import Band, ImagerySource, LocalPaths
 
 if TYPE_CHECKING:
     from canopy.mosaicker.ensemble import Ensemble
+    from canopy.mosaicker.forecast import Forecast
     from canopy.tiler.manifest import Manifest
 
 HEIGHT: Final = ("height.tif", "height.vrt")
@@ -162,33 +167,117 @@ def map_region(
         RegionError: sheets failed; those that are done are kept in `out`, and `resume_region` goes on from there.
         CanopyError: bad input; nothing is left in `out` that was not there before.
     """
-    from canopy.model.package import find_model
-    from canopy.mosaicker.ensemble import load_ensemble
-
     clock = _Clock()
     engine = Engine(scheduler=scheduler, cluster=cluster, workers=workers)
     out = Path(out)
-    source = imagery_source(imagery)
-    folders = [find_model(each) for each in ([model] if isinstance(model, str | Path) else model)]
-    # Workers load it for themselves; what is wrong with it is found here, before anything is written.
-    here = _loads_here(engine, device)
-    if not engine.elsewhere:
-        _check_device(device)
-    ensemble = load_ensemble(
-        folders, device if here else "cpu", tta=tta, precision=precision if here else "float32", compile=compile and here
-    )
-    clock.loaded()
-    plan = plan_region(
-        aoi, source, ensemble,
-        folders=folders, gsd_m=gsd_m, crs=crs, bands=bands, sheet_px=sheet_px, max_file_px=max_file_px, device=device,
+    ready = _prepare(
+        aoi, imagery, model, engine, clock,
+        gsd_m=gsd_m, crs=crs, bands=bands, tta=tta, sheet_px=sheet_px, max_file_px=max_file_px, device=device,
         precision=precision, compiled=compile, batch=batch,
     )  # fmt: skip
     with alone(out) as base:
-        _refuse_other_work(out, plan, overwrite=overwrite)
-        _check_disk(out, plan.pixels)
-        with _begun(base, plan, manifest_of_source(source)) as work:
-            desk = _Desk(source=source, ensemble=ensemble if here else None)
+        _refuse_other_work(out, ready.plan, overwrite=overwrite)
+        _check_disk(out, ready.plan.pixels)
+        with _begun(base, ready.plan, manifest_of_source(ready.source)) as work:
+            desk = _Desk(source=ready.source, ensemble=ready.ensemble if ready.here else None)
             return _finish_map(work, engine, desk, clock=clock, progress=progress)
+
+
+def forecast_region(
+    aoi: Area | Path | BoundsLonLat | None = None,
+    *,
+    imagery: LocalPaths | Manifest | ImagerySource,
+    model: Path | str | Sequence[Path | str],
+    tta: str = "none",
+    gsd_m: float | None = None,
+    crs: CRS | str | None = None,
+    bands: Sequence[Band] | None = None,
+    sheet_px: int = SHEET_PX,
+    max_file_px: int = MAX_FILE_PX,
+    device: str = "cpu",
+    precision: str = "float32",
+    compile: bool = False,  # noqa: A002 - torch's word for it
+    batch: int | None = None,
+    cluster: Path | None = None,
+    workers: int | None = None,
+) -> tuple[Plan, Forecast]:
+    """What `map_region` would do with the same arguments, and what it would take; measured on a few windows here.
+
+    Workers of a cluster are taken to be machines like this one; those on this machine share its cores, but have a GPU each.
+
+    Raises:
+        CanopyError: as `map_region`.
+    """
+    from canopy.mosaicker.forecast import Workload, forecast, probe
+    from canopy.region.engine import visible_gpus
+
+    clock, engine = _Clock(), Engine(workers=workers)
+    ready = _prepare(
+        aoi, imagery, model, engine, clock,
+        gsd_m=gsd_m, crs=crs, bands=bands, tta=tta, sheet_px=sheet_px, max_file_px=max_file_px, device=device,
+        precision=precision, compiled=compile, batch=batch, here=True,
+    )  # fmt: skip
+    plan = ready.plan
+    sheets = [plan.sheet(number) for number in range(len(plan.sheets))]
+    machines = 1 if cluster is None else read_cluster(cluster).workers
+    sharing = max(1, min(machines * max(1, len(visible_gpus(device)) if cluster is None else 1), len(sheets)))
+
+    def wanted(box: Box) -> NDArray[np.bool_]:
+        return area_mask(plan.polygons, plan.lattice, box)
+
+    with ready.source.open(plan.lattice, plan.bands) as source:
+        measured = probe(ready.ensemble, source, plan.layout, plan.extent, wanted=wanted, batch=batch)
+    work = Workload.of(
+        plan.layout, plan.lattice, sheets,
+        area=None if plan.polygons is None else plan.polygons.union_all(),
+        staged_sheets=None if plan.one_file else 2 * sharing,
+    )  # fmt: skip
+    return plan, forecast(measured, work, plan.layout, workers=sharing, started_s=clock.load_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ready:
+    """What a map begins with."""
+
+    source: ImagerySource
+    ensemble: Ensemble
+    plan: Plan
+    here: bool
+    """Whether the models are where this process would predict."""
+
+
+def _prepare(
+    aoi: Area | Path | BoundsLonLat | None,
+    imagery: LocalPaths | Manifest | ImagerySource,
+    model: Path | str | Sequence[Path | str],
+    engine: Engine,
+    clock: _Clock,
+    *,
+    tta: str,
+    device: str,
+    precision: str,
+    compiled: bool,
+    here: bool | None = None,
+    **options: Any,
+) -> _Ready:
+    """Open the imagery, load the models, and plan."""
+    from canopy.model.package import find_model
+    from canopy.mosaicker.ensemble import load_ensemble
+
+    source = imagery_source(imagery)
+    folders = [find_model(each) for each in ([model] if isinstance(model, str | Path) else model)]
+    # Workers load it for themselves; what is wrong with it is found here, before anything is written.
+    here = _loads_here(engine, device) if here is None else here
+    if not engine.elsewhere:
+        _check_device(device)
+    ensemble = load_ensemble(
+        folders, device if here else "cpu", tta=tta, precision=precision if here else "float32", compile=compiled and here
+    )
+    clock.loaded()
+    plan = plan_region(
+        aoi, source, ensemble, folders=folders, device=device, precision=precision, compiled=compiled, **options
+    )
+    return _Ready(source=source, ensemble=ensemble, plan=plan, here=here)
 
 
 def resume_region(
