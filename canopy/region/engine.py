@@ -282,6 +282,7 @@ def work_together(crew: Crew, work: Work, todo: list[int], told: Told, windows: 
     outcome, events = Outcome(), windows
     waiting, attempts = list(reversed(todo)), dict.fromkeys(todo, 1)
     flying: dict[Any, int] = {}
+    suspects: list[int] = []  # what workers that died had in hand, running or waiting
     limits = _Limits(crew)
 
     def submit(stage: Stage, number: int) -> None:
@@ -293,9 +294,12 @@ def work_together(crew: Crew, work: Work, todo: list[int], told: Told, windows: 
         flying[future] = number
         future.add_done_callback(events.put)
 
-    while waiting or flying:
+    while waiting or flying or suspects:
         while waiting and len(flying) < limits.in_flight():
             submit("predict", waiting.pop())
+        if suspects and not flying:  # alone, so that a worker that dies now was taken down by this sheet
+            attempts[suspects[0]] += 1
+            submit("predict", suspects.pop(0))
         try:
             event = events.get(timeout=1.0)
         except queue.Empty:
@@ -312,11 +316,13 @@ def work_together(crew: Crew, work: Work, todo: list[int], told: Told, windows: 
         except CanopyError as error:
             if isinstance(error, SchedulerGoneError):
                 raise
-            if attempts[number] < ATTEMPTS and _is_worth_another(error):
+            if isinstance(error, WorkersDiedError) and attempts[number] < ATTEMPTS:
+                suspects.append(number)
+            elif attempts[number] < ATTEMPTS and _is_worth_another(error):
                 attempts[number] += 1
                 submit("predict", number)  # which finds what is done, and does the rest
             elif _give_up(work, outcome, number, error):
-                outcome.left, waiting = outcome.left + len(waiting), []
+                outcome.left, waiting, suspects = outcome.left + len(waiting) + len(suspects), [], []
             continue
         limits.seen()
         if record.stage == work.last_stage:
