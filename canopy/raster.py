@@ -33,10 +33,10 @@ from rasterio.windows import Window
 from canopy.errors import RasterError
 from canopy.grid import Grid
 
-# GDAL keeps decoded blocks up to a twentieth of the memory, 6 GB on a large node, and every worker process has its own; two
-# bands of blocks of a wide map is all that anything here comes back to. Read by GDAL once, so it holds for all threads,
-# and a value that the user has set stays.
-os.environ.setdefault("GDAL_CACHEMAX", "256")
+# GDAL keeps decoded blocks up to a twentieth of the memory, 6 GB on a large node, and every worker process has its own.
+# What anything here comes back to is a row of blocks of a sheet, and the heap grows by twice what the cache may hold. Read
+# by GDAL once, so it holds for all threads; a value that the user has set stays.
+os.environ.setdefault("GDAL_CACHEMAX", "128")
 
 # A truncated JPEG is only a warning to libjpeg: the missing rows would arrive grey and be mapped as forest or field.
 _ENV = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE", "GDAL_TIFF_INTERNAL_MASK": "TRUE"}

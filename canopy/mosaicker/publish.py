@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,10 @@ DEFLATE_LEVEL = 4
 
 _CHUNK_PX = (1024, 4096)
 """Rows and columns of a map that are held in memory at a time: whole blocks of it and of its overview."""
+
+STAGED: Mapping[str, Any] = MappingProxyType({"compress": "none", "blockxsize": BLOCK_PX, "blockysize": 64})
+"""How rasters are stored that are read a few times and deleted. A compressor would take the model's cores; and blocks as low
+as this are whole soon, so GDAL need not keep many: strips of a model come in other heights than blocks."""
 
 HEIGHT_BANDS = ("height_m",)
 ERROR_BANDS = ("error_90_m", "lower_90_m", "upper_90_m")
@@ -97,10 +102,9 @@ def stage_sheet(folder: Path, lattice: Lattice, box: Box) -> Iterator[tuple[Stag
     name = _name(box)
     sheet = StagedSheet(box=box, height=folder / f"{name}_height.tif", error=folder / f"{name}_error.tif")
     with ExitStack() as stack:
-        # Uncompressed: it is read once and deleted, and a compressor here would take the model's cores.
         height, error = (
             stack.enter_context(
-                create_raster(path, grid=lattice.grid(box), count=count, dtype="float32", nodata=math.nan, compress="none")
+                create_raster(path, grid=lattice.grid(box), count=count, dtype="float32", nodata=math.nan, **STAGED)
             )
             for path, count in ((sheet.height, len(HEIGHT_BANDS)), (sheet.error, len(ERROR_BANDS)))
         )
@@ -261,7 +265,7 @@ def _pyramid(source: Path, grid: Grid, count: int, factors: Sequence[int]) -> tu
         levels.append(())
         with (
             open_raster(fine) as raster,
-            create_raster(coarse, grid=grid, count=count, dtype="float32", nodata=math.nan, compress="none") as writer,
+            create_raster(coarse, grid=grid, count=count, dtype="float32", nodata=math.nan, **STAGED) as writer,
         ):
             for row, col, heights_m in chunks(raster):
                 if fine == source:

@@ -27,7 +27,16 @@ import numpy as np
 from canopy.errors import GridError, OutputError, RasterError
 from canopy.grid import Box, Lattice, sheet_index
 from canopy.mosaicker.gti import write_gti
-from canopy.mosaicker.publish import ERROR_BANDS, HEIGHT_BANDS, StagedSheet, chunks, overview_factors, write_cog, write_pair
+from canopy.mosaicker.publish import (
+    ERROR_BANDS,
+    HEIGHT_BANDS,
+    STAGED,
+    StagedSheet,
+    chunks,
+    overview_factors,
+    write_cog,
+    write_pair,
+)
 from canopy.mosaicker.quantum import BandStatistics, Statistics, halve, merge
 from canopy.mosaicker.vrt import BLOCK_PX, mosaic_vrt
 from canopy.raster import create_raster, delete, open_raster
@@ -296,7 +305,7 @@ def _write_overviews(
     box = _coarser(extent, factor)
     staged = path.with_name(f"{path.name}.staged.tif")
     with create_raster(
-        staged, grid=coarse.grid(box), count=len(names), dtype="float32", nodata=math.nan, compress="none"
+        staged, grid=coarse.grid(box), count=len(names), dtype="float32", nodata=math.nan, **STAGED
     ) as writer:
         # What no sheet covers must be unknown; a GeoTIFF's blocks that nothing is written to are its nodata value.
         for part, sheet in files:

@@ -35,7 +35,8 @@ def mosaic_vrt(
         tags: Tags of the file.
         band_tags: Tags of each band, such as its statistics, or none.
         overviews: Rasters of `box`, each with half the pixels of the one before.
-        beside: Folder of the VRT, for paths relative to it, so that it can be moved with its parts; None: absolute ones.
+        beside: Folder of the VRT, for paths relative to it, so that it can be moved with its parts, which are COGs; None:
+            absolute paths of anything.
     """
     rows, cols = grid.shape
     root = ET.Element("VRTDataset", rasterXSize=str(cols), rasterYSize=str(rows))
@@ -52,12 +53,12 @@ def mosaic_vrt(
             source = ET.SubElement(band, "SimpleSource")
             _add_file(source, path, index, beside)
             height, width = part.shape
-            # With these GDAL need not open a thousand files to open the mosaic.
-            block = str(BLOCK_PX)
-            ET.SubElement(
-                source, "SourceProperties", RasterXSize=str(width), RasterYSize=str(height), DataType="Float32",
-                BlockXSize=block, BlockYSize=block,
-            )  # fmt: skip
+            if beside is not None:
+                # These are COGs, perhaps thousands: told what they are, GDAL need not open them to open the mosaic.
+                ET.SubElement(
+                    source, "SourceProperties", RasterXSize=str(width), RasterYSize=str(height), DataType="Float32",
+                    BlockXSize=str(BLOCK_PX), BlockYSize=str(BLOCK_PX),
+                )  # fmt: skip
             size: dict[str, Any] = {"xSize": str(width), "ySize": str(height)}
             ET.SubElement(source, "SrcRect", xOff="0", yOff="0", **size)
             ET.SubElement(source, "DstRect", xOff=str(part.col0 - box.col0), yOff=str(part.row0 - box.row0), **size)
