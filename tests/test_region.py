@@ -17,6 +17,7 @@ from pyproj import CRS, Transformer
 from canopy.errors import AreaError, CanopyError, ContractError, OutputError
 from canopy.grid import Box, Grid, Lattice
 from canopy.model.package import load_model
+from canopy.mosaicker.publish import stage_sheet
 from canopy.raster import open_raster, read_raster, write_raster
 from canopy.region import map_region
 from canopy.tiler.area import area_mask
@@ -471,13 +472,16 @@ def test_a_file_put_beside_a_failing_run_is_kept(image, tiny_model, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
-def test_a_disk_that_fills_up_during_the_run(image, tiny_model, whole, small_disk, monkeypatch):
+def test_a_disk_that_fills_up_during_the_run(image, tiny_model, whole, small_disk, tmp_path, monkeypatch):
     """The space is checked first, so it must vanish afterwards: here the check is told of more than there is."""
     import shutil
 
     usage = shutil.disk_usage("/")
     monkeypatch.setattr("canopy.region.run.shutil.disk_usage", lambda path: usage._replace(free=10**12))
-    for size, staged in ((16 << 10, False), (700 << 10, False), (4 << 20, False), (4180 << 10, True)):
+    with stage_sheet(tmp_path, LATTICE, BOX) as (sheet, _):
+        pass
+    need = sum(path.stat().st_size for path in (sheet.height, sheet.error))
+    for size, staged in ((16 << 10, False), (need // 2, False), (need - 4096, False), (need + (80 << 10), True)):
         disk = small_disk(size)
         with pytest.raises(CanopyError, match="free disk space") as error:
             map_region(imagery=image, model=tiny_model, out=disk / "out")

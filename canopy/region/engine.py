@@ -43,6 +43,9 @@ THREADS: Final = 2
 LOCAL_RESOURCE: Final = "MODEL"
 """What a task that predicts on a CPU holds on workers that we start, in place of a GPU."""
 
+_NO_PORT: Final = "127.0.0.1:0"
+"""Where a scheduler of ours says how it is: any port, or a second run would be warned that the usual one is taken."""
+
 _LOGGERS: Final = ("distributed", "distributed.nanny", "distributed.worker", "distributed.scheduler", "distributed.core")
 
 
@@ -196,10 +199,13 @@ def _local_cluster(plan: Plan, processes: int, resources: dict[str, float]) -> A
         local: Any = LocalCluster
         return local(
             n_workers=1, threads_per_worker=THREADS, processes=False, memory_limit=0, resources=resources,
-            dashboard_address=None, silence_logs=logging.CRITICAL,
+            dashboard_address=_NO_PORT, silence_logs=logging.CRITICAL,
         )  # fmt: skip
     spec: Any = SpecCluster
-    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1", "port": 0}}
+    scheduler = {
+        "cls": Scheduler,
+        "options": {"dashboard": False, "dashboard_address": _NO_PORT, "host": "127.0.0.1", "port": 0},
+    }
     workers = {
         number: {
             "cls": Nanny,

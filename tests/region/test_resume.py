@@ -17,6 +17,8 @@ import canopy.region.records
 import canopy.region.run
 import canopy.region.sheet
 from canopy.errors import CanopyError, OutputError, RasterError, RegionError
+from canopy.grid import Box
+from canopy.mosaicker.publish import stage_sheet
 from canopy.raster import read_raster, write_raster
 from canopy.region import map_region, region_status, resume_region
 from tests.region.conftest import BOX, COUNT, LATTICE, SHEET_PX, SHEETS, content
@@ -72,7 +74,7 @@ def test_a_killed_map_goes_on_and_ends_with_the_same_bytes(forks, image, tiny_mo
 
 
 def test_killed_at_random_moments(forks, image, tiny_model, whole_sheets, tmp_path):
-    kill_and_resume(forks, image, tiny_model, whole_sheets, tmp_path, kills=3, one_file=False)
+    kill_and_resume(forks, image, tiny_model, whole_sheets, tmp_path, kills=2, one_file=False)
 
 
 @pytest.mark.slow
@@ -362,7 +364,9 @@ def test_a_bug_is_not_hidden(image, tiny_model, tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_keeps_what_is_done(image, tiny_model, whole, tmp_path, small_disk, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr("canopy.region.run.shutil.disk_usage", lambda path: usage._replace(free=10**12))
-    disk = small_disk(16 << 20)
+    with stage_sheet(tmp_path, LATTICE, Box(BOX.row0, BOX.col0, BOX.row1, BOX.col0 + SHEET_PX)) as (sheet, _):
+        pass
+    disk = small_disk(int(3.4 * sum(path.stat().st_size for path in (sheet.height, sheet.error))) + (100 << 10))
     with pytest.raises(
         RegionError, match=r"free disk space .*more were not begun; \d+ are kept: canopy map resume"
     ) as error:
