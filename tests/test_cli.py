@@ -160,6 +160,19 @@ def test_map_of_an_area_with_options(canopy, image, tiny_model, tmp_path):
     assert run["map"]["shape"] == [35, 30]
 
 
+def test_a_plan_says_what_a_map_would_take_and_does_nothing(canopy, image, tiny_model, tmp_path):
+    before = tree(tmp_path)
+    command = ("map", "--imagery", image, "--model", tiny_model, "--out", tmp_path / "out", "--sheet-size", 70, "--plan")
+    done = canopy(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["one_file"], told["crs"], told["pixels"]) == (True, "EPSG:32610", 150 * 130)
+    assert told["sheets"] > 1
+    assert min(told["seconds"] + 1, told["memory_bytes"], told["disk_bytes"]) > 0
+    refused(canopy(*command, "--scheduler", "tcp://127.0.0.1:9"), "--plan", "--scheduler")
+    assert tree(tmp_path) == before
+
+
 def test_the_same_command_twice_gives_the_same_bytes(canopy, image, tiny_model, tmp_path):
     command = ("map", "--imagery", image, "--model", tiny_model, "--out", tmp_path / "out")
     assert canopy(*command).returncode == 0
