@@ -473,6 +473,8 @@ def save_model(
         expected = {"mean_m": heights.mean_m.clone(), "spread_m": heights.spread_m.clone()}
         save_file({"image": image[None].contiguous(), **expected}, stage / FIXTURE)
         load_model(stage)
+        for name in (WEIGHTS, FIXTURE):  # safetensors makes files that only their owner may read
+            (stage / name).chmod((stage / CARD).stat().st_mode)
     return folder
 
 

@@ -538,6 +538,7 @@ def test_texts_beside_the_model_come_and_go_with_it(tmp_path):
             beside={"metrics.json": figures}, overwrite=overwrite,
         )  # fmt: skip
         assert (folder / "metrics.json").read_text() == figures
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who may read one may read all
     with pytest.raises(OutputError, match="could not be written"):  # there is no folder of that name
         save_model(
             folder, network=build(), contract=Contract(**FIELDS), card="", fixture_image=random_image(3, 64, 64),
