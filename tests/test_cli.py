@@ -578,6 +578,7 @@ def test_models_show(canopy, tiny_model):
     assert canopy("models", "show", tiny_model).stdout.strip() == "# tiny"
 
 
+@pytest.mark.slow
 def test_tile_and_inspect(canopy, tmp_path):
     recipe = tmp_path / "wood.toml"
     recipe.write_text(

@@ -31,6 +31,9 @@ SKY_SHARE: Final[Mapping[str, float]] = {"blue": 0.30, "green": 0.22, "red": 0.1
 VEIL: Final[Mapping[str, float]] = {"blue": 1.0, "green": 0.85, "red": 0.75, "nir": 0.5}
 """Strength of haze relative to that in blue: the air scatters short waves most. Bands of other names are as green here."""
 
+PLOT_PX: Final = 32
+"""Least side of the square that `Augmentation.plot` leaves."""
+
 CLOUD_M: Final = (80.0, 400.0)
 """Wavelengths of the waves that make up a cloud's outline or a bank of haze."""
 SOFTNESS: Final = (0.08, 0.4)
@@ -57,6 +60,9 @@ class Augmentation(BaseModel):
     scale: float = Field(default=0.0, ge=0, le=1)
     """Largest relative change of the GSD: 0.25 makes 0.48 to 0.75 m of 0.6 m. Limited by the GSD range of the model and by
     the chip: the crop of a coarser sample is larger, and nothing is invented around a chip. Moderate is 0.25."""
+    plot: float = Field(default=0.0, ge=0, le=1)
+    """Share of the samples of which no more than a square is left, of `PLOT_PX` to the side of what is known, as if the
+    imagery ended there. Where sites differ in the size of their plots the size must not tell the site. Moderate is 0.5."""
     gamma: float = Field(default=0.2, ge=0, le=1)
     """Largest absolute logarithm of the exponent on values in [0, 1]."""
     shadow: float = Field(default=0.0, ge=0, le=1)
@@ -89,7 +95,7 @@ OFF: Final = Augmentation(
 )  # fmt: skip
 """Random crops and nothing else."""
 
-EVERYTHING: Final = Augmentation(scale=0.25, shadow=0.7, noise=0.02, gain=0.1, offset=0.03, jpeg=60)
+EVERYTHING: Final = Augmentation(scale=0.25, plot=0.5, shadow=0.7, noise=0.02, gain=0.1, offset=0.03, jpeg=60)
 """All of it at moderate strength."""
 
 
@@ -148,6 +154,27 @@ def rescale(
         y = torch.where(torch.from_numpy(valid), y, 0.0)
     # An average never leaves the range of what it averages, so the cast is exact after rounding.
     return np.rint(y.numpy()).astype(image.dtype), valid, height_m
+
+
+def plot(amount: float, known: NDArray[np.bool_], generator: np.random.Generator) -> tuple[slice, slice] | None:
+    """The rows and columns that are left of a sample; None: all of them.
+
+    Args:
+        amount: `Augmentation.plot`.
+        known: (row, col) pixels with imagery and a height; the square lies in the smallest rectangle around them,
+            or over its shorter side.
+        generator: Where it is drawn from, uniform in its side and then in its place.
+    """
+    happens, u_side, u_row, u_col = generator.random(4)
+    if happens >= amount or not known.any():
+        return None
+    (row0, row1), (col0, col1) = ((int(i[0]), int(i[-1]) + 1) for i in map(np.flatnonzero, (known.any(1), known.any(0))))
+    longest = max(row1 - row0, col1 - col0)
+    side = longest if longest <= PLOT_PX else PLOT_PX + int(u_side * (longest - PLOT_PX + 1))
+    row, col = (
+        start + int(u * (max(stop - start - side, 0) + 1)) for start, stop, u in ((row0, row1, u_row), (col0, col1, u_col))
+    )
+    return slice(row, row + side), slice(col, col + side)
 
 
 def _resize(x_crq: torch.Tensor, side_px: int) -> torch.Tensor:
@@ -294,6 +321,8 @@ def relight(
     _shade(x, light, bands, gsd_m)
     _veil(x, light, bands, gsd_m)
     if light.blur_px > 0:
+        if not whole:
+            x *= valid  # haze lies where nothing is known as well
         x = _blur(x, None if whole else valid, light.blur_px)
     if light.noise > 0:
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(light.seeds[2])).numpy()

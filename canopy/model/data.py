@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from canopy.errors import CanopyError, RasterError, RecipeError
-from canopy.model.augmentation import Augmentation, crop_side_px, dihedral, draw_light, relight, rescale
+from canopy.model.augmentation import Augmentation, crop_side_px, dihedral, draw_light, plot, relight, rescale
 from canopy.raster import Pixels
 from canopy.tiler.chips import read_chip, read_index
 
@@ -178,7 +178,7 @@ class ChipDataset(Dataset[Sample]):
         image, image_valid, height_m = self.chip(item)
         gsd_m = float(self.gsd_m[item])
         amount = self.augmentation
-        place, scaling, turning, lighting = generator.spawn(4)
+        place, scaling, turning, lighting, cutting = generator.spawn(5)
         if self.crop_px is not None:
             side_px = self.crop_px
             if amount is not None:
@@ -192,6 +192,11 @@ class ChipDataset(Dataset[Sample]):
             gsd_m *= side_px / self.crop_px
         if amount is not None:
             assert self.imagery is not None, "augmentation knows its imagery"
+            if (left := plot(amount.plot, np.isfinite(height_m) & image_valid, cutting)) is not None:
+                hidden = np.ones(height_m.shape, bool)
+                hidden[left] = False
+                image = np.where(hidden, image.dtype.type(0), image)
+                image_valid, height_m = image_valid & ~hidden, np.where(hidden, np.float32(np.nan), height_m)
             bands, value_range = self.imagery.bands, self.imagery.value_range
             light = draw_light(amount, len(bands), lighting)
             image = relight(image, image_valid, light, bands=bands, gsd_m=gsd_m, value_range=value_range)

@@ -33,6 +33,8 @@ STRIDES_PX = (4, 8, 16, 32)
 PATCH_PX = 16
 """Patch side of a plain ViT that the resize layers (x4, x2, x1, /2) bring to those strides."""
 
+_OTHERS = "choose for example pvt_v2_b0, swin_tiny_patch4_window7_224 or a ViT with patch16"
+
 PRIOR_MEAN_M = 5.0
 """Mean height that an untrained softmax head predicts; open forest, and low as most of the Earth's canopy is."""
 
@@ -186,15 +188,18 @@ class Backbone(nn.Module):
         rows, cols = 2 * TOTAL_STRIDE_PX, 3 * TOTAL_STRIDE_PX
         try:
             maps, _ = self(torch.zeros(1, config.in_channels, rows, cols))
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # each of timm's many models objects in its own way
             raise RecipeError(
-                f"backbone {config.backbone!r} does not take windows of any size ({str(error).splitlines()[0]}); "
-                f"choose for example pvt_v2_b0, swin_tiny_patch4_window7_224 or a ViT with patch16"
+                f"backbone {config.backbone!r} does not take windows of any size ({_first_line(error)}); {_OTHERS}"
             ) from error
         strides = [PATCH_PX] * 4 if self.is_plain else STRIDES_PX
         shapes = [tuple(map_bchw.shape[1:]) for map_bchw in maps]
         expected = [(c, rows // s, cols // s) for c, s in zip(self.channels, strides, strict=True)]
-        assert shapes == expected, f"{config.backbone}: maps {shapes}, expected {expected}"
+        if shapes != expected:
+            raise RecipeError(
+                f"backbone {config.backbone!r} makes maps of {shapes} of a window of {rows} x {cols} px, "
+                f"but {expected} are needed; {_OTHERS}"
+            )
         self.body.train()
 
 
@@ -221,6 +226,10 @@ class _CornerPositions(VisionTransformer):
         return torch.cat([class_bld, grid_bdhw.flatten(2).transpose(1, 2).to(class_bld.dtype)], dim=1)
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _create(config: NetworkConfig, *, pretrained: bool) -> Any:
     if not timm.is_model(config.backbone):
         near = difflib.get_close_matches(config.backbone, timm.list_models(), n=3) or ["pvt_v2_b0"]
@@ -233,12 +242,14 @@ def _create(config: NetworkConfig, *, pretrained: bool) -> Any:
             body = timm.create_model(config.backbone, pretrained=pretrained, dynamic_img_size=True, **options)
         except TypeError:
             body = timm.create_model(config.backbone, pretrained=pretrained, **options)
-    except TypeError as error:
-        raise RecipeError(f"backbone {config.backbone!r} does not take these backbone_options: {error}") from error
     except OSError as error:
         raise RecipeError(
             f"pretrained weights of {config.backbone!r} could not be fetched ({str(error).splitlines()[0]}); "
             f"connect once, or train with pretrained = false"
+        ) from error
+    except Exception as error:  # as above: a KeyError of one, an AssertionError of the next
+        raise RecipeError(
+            f"backbone {config.backbone!r} does not take these backbone_options: {_first_line(error)}"
         ) from error
     if not hasattr(body, "forward_intermediates") or not hasattr(body, "prune_intermediate_layers"):
         raise RecipeError(f"backbone {config.backbone!r} cannot give feature maps; choose for example pvt_v2_b0")

@@ -494,13 +494,14 @@ def save_model(
     contract: Contract,
     card: str,
     fixture_image: Tensor | NDArray[Any],
+    beside: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes a model folder and returns its path.
 
     Everything is written and read back beside the folder first, so a full disk or a model that cannot be loaded leaves
-    nothing under the final name. With `overwrite` only the four files are replaced, `model.toml` last: a folder caught
-    in between is refused by `load_model`, and other files (logs) stay.
+    nothing under the final name. With `overwrite` only the files that are written are replaced, `model.toml` last: a
+    folder caught in between is refused by `load_model`, and other files (logs) stay.
 
     Args:
         folder: where; must not exist unless `overwrite`.
@@ -508,6 +509,7 @@ def save_model(
         contract: its `weights_sha256` and `canopy_version` are filled in.
         card: text of card.md.
         fixture_image: (band, row, col) in the contract's units, sides multiples of 32 px; 64 px of real imagery do.
+        beside: texts of further files by their names.
         overwrite: replace the model that is in `folder`.
 
     Raises:
@@ -539,13 +541,16 @@ def save_model(
             update={"weights_sha256": file_sha256(stage / WEIGHTS), "canopy_version": canopy.__version__}
         )
         (stage / CONTRACT).write_text(tomli_w.dumps(contract.model_dump(exclude_none=True)), encoding="utf-8")
-        (stage / CARD).write_text(card, encoding="utf-8")
+        for name, text in {CARD: card, **(beside or {})}.items():
+            (stage / name).write_text(text, encoding="utf-8")
         # From the stored weights, not from `network`: half-precision storage rounds them.
         model = _load_unchecked(stage, torch.device("cpu"))
         heights = model.predict(image[None])
         expected = {"mean_m": heights.mean_m.clone(), "spread_m": heights.spread_m.clone()}
         save_file({"image": image[None].contiguous(), **expected}, stage / FIXTURE)
         load_model(stage)
+        for name in (WEIGHTS, FIXTURE):  # safetensors makes files that only their owner may read
+            (stage / name).chmod((stage / CARD).stat().st_mode)
     return folder
 
 
@@ -556,15 +561,15 @@ def _stored(value: Tensor, storage: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside `folder` whose four files take their final place when the block ends without an error."""
+    """A fresh folder beside `folder` whose files take their final place when the block ends without an error."""
     stage = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         stage.mkdir(parents=True)
         yield stage
         if folder.exists():
             (folder / CONTRACT).unlink(missing_ok=True)
-            for name in (WEIGHTS, CARD, FIXTURE, CONTRACT):
-                (stage / name).replace(folder / name)
+            for path in sorted(stage.iterdir(), key=lambda path: path.name == CONTRACT):
+                path.replace(folder / path.name)
         else:
             stage.rename(folder)
     except (OSError, SafetensorError) as error:

@@ -21,7 +21,8 @@ from canopy.model.held_out import About, HeldOut, read_folds, training_sha256, w
 from canopy.model.network import HeightNetwork
 from canopy.model.package import Contract, HeightModel, find_model, read_contract, save_model
 from canopy.model.recipe import TrainingRecipe
-from canopy.model.scores import How, Metrics, Score, SiteCoverage, Source, score_sites, write_metrics
+from canopy.model.scores import FILE as METRICS_FILE
+from canopy.model.scores import How, Metrics, Score, SiteCoverage, Source, metrics_text, score_sites
 from canopy.model.sets import DataSets, extend
 from canopy.tiler.chips import tile_set_hash
 from canopy.tiler.recipe import resolve
@@ -110,10 +111,9 @@ def finish(
         contract=contract,
         card=card(contract, metrics),
         fixture_image=_fixture(recipe),
+        beside={METRICS_FILE: metrics_text(metrics), "recipe.toml": (run / "recipe.toml").read_text(encoding="utf-8")},
         overwrite=overwrite,
     )
-    write_metrics(out, metrics)
-    (out / "recipe.toml").write_text((run / "recipe.toml").read_text(encoding="utf-8"), encoding="utf-8")
     say(f"wrote {out}")
     return out
 

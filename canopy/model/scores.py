@@ -158,9 +158,9 @@ class Metrics(_Value):
     """What the recipe warns of."""
 
 
-def write_metrics(folder: Path, metrics: Metrics) -> None:
-    """Write the file of a model folder."""
-    (folder / FILE).write_text(metrics.model_dump_json(indent=1) + "\n", encoding="utf-8")
+def metrics_text(metrics: Metrics) -> str:
+    """What the file of a model folder holds."""
+    return metrics.model_dump_json(indent=1) + "\n"
 
 
 def read_metrics(folder: Path) -> Metrics:

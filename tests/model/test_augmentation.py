@@ -11,10 +11,12 @@ from scipy.ndimage import gaussian_filter
 from canopy.model.augmentation import (
     EVERYTHING,
     OFF,
+    PLOT_PX,
     Augmentation,
     crop_side_px,
     dihedral,
     draw_light,
+    plot,
     relight,
     rescale,
     smooth_field,
@@ -218,6 +220,19 @@ def test_what_lies_where_there_is_no_imagery_reaches_no_pixel():
     assert (bled[0][:, valid] != bled[1][:, valid]).any()
 
 
+def test_haze_where_there_is_no_imagery_does_not_brighten_the_edge_of_what_there_is():
+    valid = np.zeros((64, 64), bool)
+    valid[10:50, 12:52] = True
+    image = np.where(valid, np.full((3, 64, 64), 90, np.uint8), np.uint8(0))
+    hazy = dataclasses.replace(draw_light(OFF, 3, np.random.default_rng(0)), haze=0.2, patchiness=0.0, blur_px=1.0)
+    out = relight(image, valid, hazy, bands=RGB, gsd_m=0.6, value_range=(0, 255))[:, valid]
+    assert (out == out[:, :1]).all()  # one colour stays one colour up to the edge
+    assert (out > 90).all()
+    # The veil over a hole that counts as imagery does reach its neighbours.
+    bled = relight(image, np.ones_like(valid), hazy, bands=RGB, gsd_m=0.6, value_range=(0, 255))[:, valid]
+    assert (bled != bled[:, :1]).any()
+
+
 def test_rescaling_keeps_fill_and_unknown_heights_out():
     image, valid = picture(), np.ones((64, 64), bool)
     valid[20:40, 10:30] = False
@@ -247,6 +262,39 @@ def test_an_image_without_imagery_stays_nothing():
 
 
 # --- place and scale -----------------------------------------------------------------------------------------------------
+
+
+@given(
+    rows=st.integers(1, 90),
+    cols=st.integers(1, 90),
+    row=st.integers(0, 30),
+    col=st.integers(0, 30),
+    seed=st.integers(0, 999),
+)
+def test_what_is_left_of_a_plot_is_a_square_inside_what_is_known(rows, cols, row, col, seed):
+    known = np.zeros((128, 128), bool)
+    known[row : row + rows, col : col + cols] = True
+    down, across = plot(1.0, known, np.random.default_rng(seed))
+    side = down.stop - down.start
+    assert across.stop - across.start == side
+    longest = max(rows, cols)
+    assert min(PLOT_PX, longest) <= side <= longest
+    for left, start, length in ((down, row, rows), (across, col, cols)):
+        assert start <= left.start
+        assert left.stop <= start + max(length, side)
+    assert known[down, across].any()
+
+
+def test_plots_of_all_sides_are_cut_as_often_as_asked_for():
+    known, rng = np.ones((128, 128), bool), np.random.default_rng(0)
+    cuts = [plot(0.5, known, rng) for _ in range(800)]
+    sides = np.array([cut[0].stop - cut[0].start for cut in cuts if cut is not None])
+    assert 0.45 < sides.size / 800 < 0.55
+    assert sides.min() < PLOT_PX + 4
+    assert sides.max() > 124
+    assert abs(np.median(sides) - (PLOT_PX + 128) / 2) < 8
+    assert all(plot(0.0, known, rng) is None for _ in range(50))
+    assert plot(1.0, np.zeros_like(known), rng) is None
 
 
 def test_the_eight_rotations_and_reflections_are_distinct_and_move_all_bands_alike():

@@ -477,6 +477,23 @@ def test_chips_that_cannot_be_used_are_named_in_one_line(sets, tmp_path, hurt, s
         training_batches([TrainingSet(tile_set=folder, batch=1, crop_px=64)], seed=1, start_step=0, steps=1)
 
 
+def test_of_a_sample_cut_to_a_plot_image_and_heights_are_hidden_alike(sets):
+    only = OFF.model_copy(update={"plot": 1.0})
+    whole, cut = (ChipDataset(sets[0], "train", 128, augmentation=amount, imagery=Imagery()) for amount in (OFF, only))
+    shares = []
+    for seed in range(12):
+        before, after = (chips.sample(0, np.random.default_rng(seed)) for chips in (whole, cut))
+        shown = after["image_valid"]
+        assert not after["image"][:, ~shown].any()
+        assert after["height_m"][~shown].isnan().all()
+        assert torch.equal(after["image"][:, shown], before["image"][:, shown])
+        assert torch.equal(after["height_m"][shown].nan_to_num(-1), before["height_m"][shown].nan_to_num(-1))
+        assert torch.equal(after["valid"], before["valid"] & shown)
+        shares.append(shown.float().mean().item())
+    assert min(shares) < 0.3
+    assert len(set(shares)) > 6
+
+
 def test_scaled_samples_stay_in_the_range_of_the_model_and_say_their_gsd(sets):
     amount = OFF.model_copy(update={"scale": 1.0})
     takes = Imagery(gsd_range_m=(0.4, 0.8))

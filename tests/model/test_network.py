@@ -111,6 +111,9 @@ def test_a_near_infrared_band_is_an_input_channel_more():
         ({"backbone": "vit_tiny_patch16_224", "backbone_options": {"depth": 4}, "taps": (0, 2, 1, 3)}, "ascending"),
         ({"backbone": "hiera_tiny_224", "backbone_options": {}}, "does not take windows of any size"),
         ({"backbone": "mixer_s32_224", "backbone_options": {}}, "choose"),
+        ({"backbone": "xcit_nano_12_p16_224", "backbone_options": {}}, "does not take windows of any size"),
+        ({"backbone": "mobilevitv2_050", "backbone_options": {}}, "but .* are needed; choose"),
+        ({"backbone": "poolformer_s12", "backbone_options": {"depths": (1, 1, 1, 1)}}, "backbone_options: 'depths'"),
     ],
 )
 def test_a_backbone_that_cannot_work_is_refused_when_built(changes, message):

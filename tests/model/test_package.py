@@ -549,6 +549,24 @@ def test_an_existing_folder_is_kept_unless_overwritten(folder):
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
+def test_texts_beside_the_model_come_and_go_with_it(tmp_path):
+    folder = tmp_path / "m"
+    for overwrite, figures in ((False, "1"), (True, "2")):
+        save_model(
+            folder, network=build(), contract=Contract(**FIELDS), card="", fixture_image=random_image(3, 64, 64),
+            beside={"metrics.json": figures}, overwrite=overwrite,
+        )  # fmt: skip
+        assert (folder / "metrics.json").read_text() == figures
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who may read one may read all
+    with pytest.raises(OutputError, match="could not be written"):  # there is no folder of that name
+        save_model(
+            folder, network=build(), contract=Contract(**FIELDS), card="", fixture_image=random_image(3, 64, 64),
+            beside={"metrics.json": "3", "no/such": ""}, overwrite=True,
+        )  # fmt: skip
+    assert (folder / "metrics.json").read_text() == "2"
+    load_model(folder)
+
+
 def test_a_folder_that_is_no_model_is_never_overwritten(tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("x")

@@ -8,7 +8,7 @@ import pytest
 from canopy.errors import ContractError
 from canopy.metrics import BlockSums, EdgeSums, HeightSums, by_class
 from canopy.model.evaluate import ChipResult
-from canopy.model.scores import LEAST_BLOCKS, Metrics, read_metrics, score_sites, write_metrics
+from canopy.model.scores import FILE, LEAST_BLOCKS, Metrics, metrics_text, read_metrics, score_sites
 
 EDGES = (2.0, 10.0)
 
@@ -131,7 +131,7 @@ def metrics(**changes) -> Metrics:
 
 
 def test_metrics_come_back_from_their_file_to_the_bit(tmp_path):
-    write_metrics(tmp_path, metrics())
+    (tmp_path / FILE).write_text(metrics_text(metrics()))
     assert read_metrics(tmp_path) == metrics()
 
 

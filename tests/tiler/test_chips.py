@@ -381,6 +381,7 @@ def test_the_recipes_load(name):
     assert load_recipe(RECIPES / f"{name}.toml").name == name
 
 
+@pytest.mark.slow
 def test_neon_plots_on_the_same_ground_share_a_split(samples, tmp_path):
     """IDTReeS plots OSBS_7, 9, 32 and 36 lie on OSBS_029, 006, 003 and 006."""
     tile_set = build_tile_set(RECIPES / "neon.toml", tmp_path / "neon")
