@@ -93,7 +93,11 @@ class SheetWriter:
 
 @contextmanager
 def stage_sheet(folder: Path, lattice: Lattice, box: Box) -> Iterator[tuple[StagedSheet, SheetWriter]]:
-    """Stage one sheet in `folder`; its files take their names when the block ends without an error."""
+    """Stage one sheet in `folder`; its files take their names when the block ends without an error.
+
+    Raises:
+        OutputError: a file lacks a part of what was written, as on a full disk.
+    """
     name = f"r{box.row0}_c{box.col0}"
     sheet = StagedSheet(box=box, height=folder / f"{name}_height.tif", error=folder / f"{name}_error.tif")
     with ExitStack() as stack:
@@ -105,6 +109,21 @@ def stage_sheet(folder: Path, lattice: Lattice, box: Box) -> Iterator[tuple[Stag
             for path, count in ((sheet.height, len(HEIGHT_BANDS)), (sheet.error, len(ERROR_BANDS)))
         )
         yield sheet, SheetWriter(sheet, height, error)
+    for path, count in ((sheet.height, len(HEIGHT_BANDS)), (sheet.error, len(ERROR_BANDS))):
+        check_whole(path, box, count)
+
+
+def check_whole(path: Path, box: Box, count: int) -> None:
+    """Refuse a staged file that lacks a block: GDAL writes the last of them when it closes a file, and only logs what fails.
+
+    The blocks lie one behind the other, uncompressed, so a file that lacks one is too short. It would read as NaN.
+
+    Raises:
+        OutputError: it is too short.
+    """
+    pixels = math.prod(-(-side // BLOCK_PX) * BLOCK_PX for side in box.shape)
+    if path.stat().st_size < count * pixels * np.dtype(np.float32).itemsize:
+        raise OutputError(f"cannot write {path} (blocks of it are missing); free disk space or choose another folder")
 
 
 # --- the COG -------------------------------------------------------------------------------------------------------------

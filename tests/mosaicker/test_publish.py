@@ -20,6 +20,7 @@ from canopy.mosaicker.publish import (
     HEIGHT_BANDS,
     QUANTUM_M,
     check_cog,
+    check_whole,
     error_bands,
     halve,
     open_map,
@@ -83,6 +84,17 @@ FILES = pytest.mark.parametrize(("name", "names"), [("height.tif", HEIGHT_BANDS)
 def truth(name):
     height, error = heights()
     return height[None] if name == "height.tif" else error
+
+
+def test_a_staged_file_that_lacks_its_last_block_is_refused(tmp_path):
+    """GDAL closes such a file without an error where the disk is full, and what is missing reads as NaN."""
+    [sheet] = staged(tmp_path, (BOX,))
+    for path, count in ((sheet.height, len(HEIGHT_BANDS)), (sheet.error, len(ERROR_BANDS))):
+        check_whole(path, BOX, count)
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size - 1024)
+        with pytest.raises(OutputError, match=r"blocks of it are missing.*free disk space"):
+            check_whole(path, BOX, count)
 
 
 # --- the file ------------------------------------------------------------------------------------------------------------
