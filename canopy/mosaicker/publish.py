@@ -110,13 +110,16 @@ def stage_sheet(folder: Path, lattice: Lattice, box: Box) -> Iterator[tuple[Stag
         )
         yield sheet, SheetWriter(sheet, height, error)
     for path, count in ((sheet.height, len(HEIGHT_BANDS)), (sheet.error, len(ERROR_BANDS))):
-        _check_whole(path, box, count)
+        check_whole(path, box, count)
 
 
-def _check_whole(path: Path, box: Box, count: int) -> None:
+def check_whole(path: Path, box: Box, count: int) -> None:
     """Refuse a staged file that lacks a block: GDAL writes the last of them when it closes a file, and only logs what fails.
 
     The blocks lie one behind the other, uncompressed, so that a file that lacks one is too short. It would read as NaN.
+
+    Raises:
+        OutputError: it is too short; it is deleted.
     """
     with open_raster(path) as raster:
         block = raster.block_shapes[0]

@@ -435,7 +435,7 @@ def _engine(scheduler: str | None, workers: int | None, plan: Plan) -> Iterator[
 
 
 def _local_cluster(kind: Any, count: int) -> Any:
-    return kind(n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=logging.CRITICAL)
+    return kind(n_workers=count, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL)
 
 
 def _run(engine: Any, stage: Stage, count: int, *, plan: Plan, work: Path, progress: Progress | None) -> None:

@@ -12,7 +12,7 @@ from rio_cogeo.cogeo import cog_info, cog_validate
 
 from canopy.errors import OutputError, RasterError
 from canopy.grid import Box, Lattice, sheets_over
-from canopy.mosaicker.publish import ERROR_BANDS, HEIGHT_BANDS, check_cog, open_map, stage_sheet, write_cog
+from canopy.mosaicker.publish import ERROR_BANDS, HEIGHT_BANDS, check_cog, check_whole, open_map, stage_sheet, write_cog
 from canopy.mosaicker.quantum import error_bands, halve, quantise
 from canopy.raster import create_raster
 
@@ -70,6 +70,17 @@ FILES = pytest.mark.parametrize(("name", "names"), [("height.tif", HEIGHT_BANDS)
 def truth(name):
     height, error = heights()
     return height[None] if name == "height.tif" else error
+
+
+def test_a_staged_file_that_lacks_its_last_block_is_refused(tmp_path):
+    """GDAL closes such a file without an error where the disk is full, and what is missing reads as NaN."""
+    [sheet] = staged(tmp_path, (BOX,))
+    for path, count in ((sheet.height, len(HEIGHT_BANDS)), (sheet.error, len(ERROR_BANDS))):
+        check_whole(path, BOX, count)
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size - 1024)
+        with pytest.raises(OutputError, match=r"blocks of it are missing.*free disk space"):
+            check_whole(path, BOX, count)
 
 
 # --- the file ------------------------------------------------------------------------------------------------------------
