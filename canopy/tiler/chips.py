@@ -436,7 +436,9 @@ def _engine(scheduler: str | None, workers: int | None, plan: Plan) -> Iterator[
 
 def _local_cluster(kind: Any, count: int) -> Any:
     address = "127.0.0.1:0"  # any free port for its page, or a second build would be warned that the usual one is taken
-    return kind(n_workers=count, threads_per_worker=1, processes=True, dashboard_address=address, silence_logs=logging.CRITICAL)
+    return kind(
+        n_workers=count, threads_per_worker=1, processes=True, dashboard_address=address, silence_logs=logging.CRITICAL
+    )
 
 
 def _run(engine: Any, stage: Stage, count: int, *, plan: Plan, work: Path, progress: Progress | None) -> None:
