@@ -53,6 +53,27 @@ class Request:
     sent_bytes: int
 
 
+_PORTS: set[int] = set()
+"""Of all file servers of this process so far."""
+
+
+def _on_a_new_port(handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+    """A server on a port that none of this process had before.
+
+    GDAL keeps what it has read of an address for as long as a process lives, and would give one test the file of another.
+    """
+    taken = []
+    while True:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        if (port := server.server_address[1]) not in _PORTS:
+            break
+        taken.append(server)  # kept open meanwhile, so that the system offers another
+    for each in taken:
+        each.server_close()
+    _PORTS.add(port)
+    return server
+
+
 class FileServer:
     """A threaded HTTP/1.1 server of one folder: HEAD, single byte ranges (206, 416), keep-alive, Last-Modified.
 
@@ -70,7 +91,7 @@ class FileServer:
         self._tokens: dict[str, float] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = _on_a_new_port(self._handler())
         self._server.daemon_threads = True
         self._server.handle_error = lambda *_: None  # clients that give up in the middle are what many tests are about
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
