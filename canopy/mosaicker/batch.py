@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from canopy.errors import ContractError, DeviceMemoryError
 from canopy.model.package import Contract
 from canopy.mosaicker.ensemble import Ensemble
+from canopy.raster import delete
 
 MOST = 256
 """The search for a batch ends here; no device is left idle by so many windows."""
@@ -173,7 +174,7 @@ def _remember(path: Path, memory: _Memory, *, size: int) -> None:
         part.write_text(memory.model_copy(update={"batch": size}).model_dump_json(indent=2) + "\n")
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        delete(part)
 
 
 def _key(ensemble: Ensemble) -> str:
