@@ -23,6 +23,7 @@ from rio_cogeo.cogeo import cog_validate
 
 from canopy.errors import OutputError, RasterError
 from canopy.grid import Box, Grid, Lattice
+from canopy.heap import trim_heap
 from canopy.mosaicker.quantum import Statistics, halve, merge, statistics_of
 from canopy.mosaicker.vrt import BLOCK_PX, mosaic_vrt
 from canopy.raster import GDAL_ERRORS, Raster, RasterWriter, create_raster, delete, open_raster
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 DEFLATE_LEVEL = 4
 """Of 9. Level 6, the default, takes half as long again for files 6 % smaller."""
 
-_CHUNK_PX = (1024, 4096)
+_CHUNK_PX = (512, 2048)
 """Rows and columns of a map that are held in memory at a time: whole blocks of it and of its overview."""
 
 STAGED: Mapping[str, Any] = MappingProxyType({"compress": "none", "blockxsize": BLOCK_PX, "blockysize": 64})
@@ -238,6 +239,7 @@ def write_cog(
                     vrt, part, driver="COG", COMPRESS="DEFLATE", LEVEL=DEFLATE_LEVEL, PREDICTOR="FLOATING_POINT",
                     BLOCKSIZE=BLOCK_PX, BIGTIFF="IF_SAFER", OVERVIEWS="AUTO" if factors else "NONE",
                 )  # fmt: skip
+                trim_heap()
                 check_cog(part, grid, band_names, levels)
         except (*GDAL_ERRORS, RasterError, OSError) as error:
             reason = error.__cause__ or error
@@ -245,6 +247,7 @@ def write_cog(
         part.replace(out)
     finally:
         delete(part, vrt, *out.parent.glob(f"{vrt.name}.*.tif"))
+        trim_heap()
     return levels[0]
 
 
@@ -278,6 +281,7 @@ def _pyramid(source: Path, grid: Grid, count: int, factors: Sequence[int]) -> tu
                 writer.write(row // 2, halved_m, col // 2)
         paths.append(coarse)
         fine = coarse
+        trim_heap()
     return levels, paths
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from canopy.errors import CanopyError, ClusterError, OutputError, RasterError
 from canopy.grid import Box
+from canopy.heap import trim_heap
 from canopy.mosaicker.publish import StagedSheet, stage_sheet
 from canopy.mosaicker.quantum import error_bands, quantise
 from canopy.mosaicker.stages import Stages
@@ -193,6 +194,7 @@ def _predict(desk: Desk, number: int) -> SheetRecord:
     plan.refuse_changed_imagery()
     with work.attempt(number) as attempt:
         with _told_apart(attempt), ExitStack() as stack:
+            stack.callback(trim_heap)
             source = stack.enter_context(desk.source.open(plan.lattice, plan.bands))
             staged, writer = stack.enter_context(stage_sheet(attempt, plan.lattice, sheet))
             # Closed before the image is: an error while writing must not leave the reader thread on a closed file.
