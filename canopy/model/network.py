@@ -244,13 +244,12 @@ def _create(config: NetworkConfig, *, pretrained: bool) -> Any:
             body = timm.create_model(config.backbone, pretrained=pretrained, **options)
     except OSError as error:
         raise RecipeError(
-            f"pretrained weights of {config.backbone!r} could not be fetched ({str(error).splitlines()[0]}); "
+            f"pretrained weights of {config.backbone!r} could not be fetched ({_first_line(error)}); "
             f"connect once, or train with pretrained = false"
         ) from error
     except Exception as error:  # as above: a KeyError of one, an AssertionError of the next
-        raise RecipeError(
-            f"backbone {config.backbone!r} does not take these backbone_options: {_first_line(error)}"
-        ) from error
+        asked = "pretrained = true and these backbone_options" if pretrained else "these backbone_options"
+        raise RecipeError(f"timm cannot build {config.backbone!r} with {asked}: {_first_line(error)}") from error
     if not hasattr(body, "forward_intermediates") or not hasattr(body, "prune_intermediate_layers"):
         raise RecipeError(f"backbone {config.backbone!r} cannot give feature maps; choose for example pvt_v2_b0")
     return body

@@ -230,6 +230,8 @@ class TrainingRecipe(_Table):
             raise ValueError(
                 f"evaluate.folds has {min(both)}, which data.hold_out_sites keeps from the model already; take it out of one"
             )
+        if self.tuning.frozen_batch_norm and not (self.model.pretrained or self.model.start_from):
+            raise ValueError("tuning.frozen_batch_norm keeps the statistics of a start, and there is none; give start_from")
         return self
 
     def sha256(self) -> str:

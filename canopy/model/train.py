@@ -32,6 +32,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from canopy.errors import CanopyError, OutputError, RecipeError
@@ -174,7 +175,7 @@ class HeightLearner(lightning.LightningModule):
         """Training mode, but for what is frozen."""
         super().train(mode)
         if mode:
-            keep_frozen(self.network)
+            keep_frozen(self.network, self.recipe.tuning)
         return self
 
     def on_train_start(self) -> None:
@@ -611,7 +612,7 @@ def _trainer(
         strategy = ModelParallelStrategy(data_parallel_size=count, tensor_parallel_size=1, save_distributed_checkpoint=False)
     elif many and here.devices != "auto":
         strategy = DDPStrategy(gradient_as_bucket_view=True)
-    batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())  # noqa: SLF001
+    batch_norm = any(isinstance(module, _BatchNorm) for module in network.modules())
     version = f"from-{first:07d}"
     try:
         trainer = lightning.Trainer(

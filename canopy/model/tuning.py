@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from canopy.errors import ContractError, RecipeError
@@ -57,6 +58,9 @@ class Tuning(BaseModel):
     """lora_alpha / lora_rank times B A is added to a weight."""
     lora_layers: tuple[str, ...] | None = None
     """Names of linear layers or 1x1 convolutions in the blocks, such as "qkv" or "attn.proj"; None: all of them."""
+    frozen_batch_norm: bool = False
+    """Batch norms normalise by the statistics that the start's weights bring, and keep them; scales and offsets learn as the
+    rest does. For sets that differ: a batch is of one set, so its own statistics are not those that the model maps with."""
     checkpointing: bool = False
     """Keep each block's input only and compute the block again in the backward pass: less memory, more time."""
 
@@ -277,8 +281,9 @@ def adapt(network: HeightNetwork, tuning: Tuning, generator: torch.Generator, *,
         new_bands: `Start.new_bands`.
 
     Raises:
-        RecipeError: more last blocks than there are; LoRA layers that the blocks do not have; a rank that saves nothing;
-            new bands that would never be learned; a backbone that knows no blocks or no checkpointing.
+        RecipeError: more last blocks than there are; batch norms to freeze where there are none; LoRA layers that the blocks
+            do not have; a rank that saves nothing; new bands that would never be learned; a backbone that knows no blocks,
+            or no checkpointing.
     """
     assert not any(isinstance(module, LowRank) for module in network.modules()), "the network was adapted before"
     if new_bands and tuning.backbone != "full" and not tuning.patch_embedding:
@@ -305,13 +310,19 @@ def adapt(network: HeightNetwork, tuning: Tuning, generator: torch.Generator, *,
     if tuning.patch_embedding:
         for name in _first_layers(network):
             network.get_submodule(name.removesuffix(".weight")).requires_grad_(True)
-    keep_frozen(network)
+    if tuning.frozen_batch_norm and not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        raise RecipeError(
+            f"frozen_batch_norm is for networks with batch norms, and {network.config.backbone!r} has none here; remove it"
+        )
+    keep_frozen(network, tuning)
     if tuning.checkpointing:
         _switch_checkpointing_on(network)
 
 
-def keep_frozen(network: HeightNetwork) -> None:
+def keep_frozen(network: HeightNetwork, tuning: Tuning) -> None:
     """Puts what does not learn into eval mode: dropout, drop path and batch statistics of frozen layers stand still.
+
+    With `frozen_batch_norm`, the statistics of the others do too.
 
     `train()` undoes it, so whoever calls that calls this afterwards; a module that holds the network does both in its own
     `train`.
@@ -326,6 +337,10 @@ def keep_frozen(network: HeightNetwork) -> None:
             visit(child)
 
     visit(network.backbone)
+    if tuning.frozen_batch_norm:
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
 
 def merge(network: HeightNetwork) -> None:

@@ -97,6 +97,7 @@ def test_machine_and_speed_do_not_make_another_run(tmp_path):
         ({"optim__strategy": "fsdp", "optim__precision": "16-mixed"}, "does not go with precision 16-mixed"),
         ({"optim__backbone_lr_factor": 0.1}, "unknown key 'optim.backbone_lr_factor'"),
         ({"model__pretrained": True, "model__start_from": "x"}, "both fill the backbone"),
+        ({"tuning": {"frozen_batch_norm": True}}, "keeps the statistics of a start, and there is none"),
         ({"loss": {"histogram": 0.0, "silog": 0.0}}, "no term has any weight at 0 % of the steps"),
     ],
 )

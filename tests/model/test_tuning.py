@@ -107,7 +107,7 @@ def step(network: HeightNetwork, tuning: Tuning, x: torch.Tensor, *, steps: int 
     """Steps as training takes them."""
     optimiser = torch.optim.AdamW(parameter_groups(network, tuning, lr=lr, weight_decay=0.01))
     network.train()
-    keep_frozen(network)
+    keep_frozen(network, tuning)
     for number in range(steps):
         torch.manual_seed(number)
         optimiser.zero_grad()
@@ -204,7 +204,7 @@ def test_frozen_batch_statistics_stand_still_and_frozen_dropout_is_off():
     network.train()
     random = [network.backbone(image())[0][-1] for _ in range(2)]
     assert not torch.equal(*random)
-    keep_frozen(network)
+    keep_frozen(network, TUNINGS["frozen"])
     still = [network.backbone(image())[0][-1] for _ in range(2)]
     assert torch.equal(*still)
     assert network.head.training
@@ -217,8 +217,27 @@ def test_with_lora_batch_statistics_stand_still_and_dropout_works():
     assert bit_equal(before, dict(network.backbone.named_buffers())) == set(before)
     network = adapted(VIT, TUNINGS["lora"])
     network.train()
-    keep_frozen(network)
+    keep_frozen(network, TUNINGS["lora"])
     assert not torch.equal(*[network.backbone(image())[0][-1] for _ in range(2)])
+
+
+def test_frozen_batch_norms_keep_their_statistics_while_all_else_learns():
+    def moved(tuning):
+        network = adapted(RESNET, tuning)
+        before = copy.deepcopy(network.state_dict())
+        step(network, tuning, image(), steps=2)
+        return before.keys() - bit_equal(before, network.state_dict())
+
+    frozen, learned = moved(Tuning(frozen_batch_norm=True)), moved(Tuning())
+    statistics = {name for name in learned if "running_" in name}
+    assert statistics  # the control
+    assert frozen == {name for name in learned if "running_" not in name and "num_batches" not in name}
+    assert any("bn" in name for name in frozen), "scales and offsets learn"
+
+
+def test_batch_norms_to_freeze_that_are_not_there_are_refused():
+    with pytest.raises(RecipeError, match="'pvt_v2_b0' has none"):
+        adapted(PVT, Tuning(frozen_batch_norm=True))
 
 
 def test_summary_counts():
@@ -630,7 +649,7 @@ def test_checkpointing_gives_the_same_gradients_to_the_bit(name, kind):
             if parameter.requires_grad and not parameter.any():
                 nn.init.normal_(parameter, std=0.1, generator=generator(8))
         network.train()
-        keep_frozen(network)
+        keep_frozen(network, tuning)
         torch.manual_seed(3)
         with KeptBytes(network) as graph:
             logits = network(image())
