@@ -237,5 +237,5 @@ def test_wrong_recipes_are_refused_in_one_line(tmp_path, change, message):
 def test_the_sample_recipe_is_valid():
     path = Path(__file__).parents[2] / "models" / "recipes" / "sample.toml"
     settings = read_recipe(path)
-    assert settings.data.hold_out_sites == ("NEON_TEAK",)
+    assert settings.evaluate.folds == ("NEON_OSBS", "NEON_MLBS", "NEON_TEAK", "AUTZEN")
     assert read_recipe(path, hold_out=["AUTZEN"]).model.name == "canopy-sample-without-AUTZEN"
