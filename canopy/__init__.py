@@ -17,7 +17,7 @@ _PUBLIC = {
     "import_model": "canopy.model.foreign",
     "lidar_to_chm": "canopy.tiler.lidar",
     "load_model": "canopy.model.package",
-    "map_region": "canopy.region",
+    "map_region": "canopy.region.run",
     "open_map": "canopy.mosaicker.publish",
 }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from canopy.errors import CanopyError
 
@@ -41,18 +41,43 @@ class _BuildByDefault(TyperGroup):
         return list(super().parse_args(ctx, args))
 
 
+class _RunByDefault(TyperGroup):
+    """`canopy map AREA …` is the command `map` itself; `canopy map resume OUT` is one beside it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands:
+            args = [_MAP_ITSELF, *args]
+        return list(super().parse_args(ctx, args))
+
+
+class _MapItself(TyperCommand):
+    """Called by no name of its own, in its help either."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        return super().make_context("" if info_name == _MAP_ITSELF else info_name, args, parent, **extra)
+
+
+_MAP_ITSELF = "area"
+
 app = typer.Typer(
     cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="rich",
     help="From an area of interest to a metre-resolution canopy height map that says how wrong it may be.",
 )  # fmt: skip
 tile_app = typer.Typer(cls=_BuildByDefault, no_args_is_help=True, help="Build a tile set from a recipe, or look at one.")
+map_app = typer.Typer(
+    cls=_RunByDefault, no_args_is_help=True, help="Map canopy height over an area; go on with a map; say how one stands."
+)
 models_app = typer.Typer(no_args_is_help=True, help="The models at hand.")
 app.add_typer(tile_app, name="tile")
+app.add_typer(map_app, name="map")
 app.add_typer(models_app, name="models")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Bbox = Annotated[tuple[float, float, float, float] | None, typer.Option(help="Area as west south east north, in degrees.")]
 Place = Annotated[str | None, typer.Option(help="Area as the name of a place, which a geocoder is asked for.")]
+Scheduler = Annotated[str | None, typer.Option(help="Address of a running dask scheduler, for example tcp://host:8786.")]
+Cluster = Annotated[Path | None, typer.Option(help="Cluster to start (TOML): SLURM, PBS and others, or Kubernetes.")]
+Workers = Annotated[int | None, typer.Option(help="Processes on this machine; default: one a GPU, else this one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")]
 
 
@@ -291,7 +316,10 @@ def search(
     typer.echo(f"{out}")
 
 
-@app.command("map")
+@map_app.command(
+    _MAP_ITSELF, cls=_MapItself, hidden=True,
+    epilog="A map that was stopped: canopy map resume OUT goes on with it, canopy map status OUT says how it stands.",
+)  # fmt: skip
 def map_(
     aoi: Annotated[
         Path | None, typer.Argument(help="Area of interest (GeoJSON, GeoPackage, GeoParquet); none: the whole image.")
@@ -305,7 +333,10 @@ def map_(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for height.tif, error.tif and run.json.")],
-    model: Annotated[str, typer.Option(help="Model folder or name.")] = "canopy-sample",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Model folder or name, default canopy-sample; may be repeated: their heights are averaged."),
+    ] = None,
     bbox: Bbox = None,
     place: Place = None,
     cache: Annotated[
@@ -319,7 +350,13 @@ def map_(
     bands: Annotated[
         str | None, typer.Option(help="Image bands in the model's order, for example 1,2,3 or red,green,blue.")
     ] = None,
+    tta: Annotated[
+        str, typer.Option(help="Show each window as it is (none), mirrored too (flips, 4 times the work) or in all (d4, 8).")
+    ] = "none",
     sheet_size: Annotated[int | None, typer.Option(help="Side of the working sheets in pixels; changes no pixel.")] = None,
+    max_file_size: Annotated[
+        int | None, typer.Option(help="Longest side of a map in one file, in pixels; a larger one is a file a sheet.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")] = "cpu",
     precision: Annotated[
         str, typer.Option(help="What the network computes in: float32; on a GPU also float16 and bfloat16.")
@@ -327,7 +364,15 @@ def map_(
     compile_first: Annotated[
         bool, typer.Option("--compile", help="Compile the network first: minutes once, then less per window.")
     ] = False,
-    batch: Annotated[int | None, typer.Option(help="Windows in one forward pass on a GPU; default 8.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Windows in one forward pass on a GPU; default: what a short search finds.")
+    ] = None,
+    scheduler: Scheduler = None,
+    cluster: Cluster = None,
+    workers: Workers = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would take in time, memory and disk, and do nothing.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -335,16 +380,89 @@ def map_(
 
     Example: canopy map area.geojson --imagery photo.tif --model models/canopy-sample --out map
     """
-    from canopy.region import SHEET_PX, map_region
+    from canopy.region import MAX_FILE_PX, SHEET_PX, forecast_region, map_region
     from canopy.tiler.find import imagery_source
 
-    area = _area(aoi, bbox, place)
-    with _progress() as progress:
-        result = map_region(
-            area, imagery=imagery_source(imagery, cache), model=model, out=out, gsd_m=gsd, crs=crs,
-            bands=_band_list(bands), sheet_px=SHEET_PX if sheet_size is None else sheet_size, device=device,
-            precision=precision, compile=compile_first, batch=batch, overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+    area, source = _area(aoi, bbox, place), imagery_source(imagery, cache)
+    settings: dict[str, Any] = {
+        "imagery": source, "model": model or "canopy-sample", "gsd_m": gsd, "crs": crs, "bands": _band_list(bands),
+        "tta": tta, "sheet_px": SHEET_PX if sheet_size is None else sheet_size,
+        "max_file_px": MAX_FILE_PX if max_file_size is None else max_file_size, "device": device, "precision": precision,
+        "compile": compile_first, "batch": batch, "cluster": cluster, "workers": workers,
+    }  # fmt: skip
+    if plan:
+        if scheduler is not None:
+            raise CanopyError("--plan measures on this machine, not on workers of a --scheduler; run it on one of those")
+        planned, forecast = forecast_region(area, **settings)
+        if as_json:
+            _print_json(
+                {"sheets": len(planned.sheets), "one_file": planned.one_file, "crs": planned.crs, **forecast.record()}
+            )
+            return
+        files = "one file" if planned.one_file else "a file a sheet"
+        typer.echo(f"{len(planned.sheets)} sheets, {files}, in {planned.crs}, {planned.crs_chosen}")
+        typer.echo(str(forecast))
+        return
+    with _kept(out), _progress() as progress:
+        result = map_region(area, out=out, scheduler=scheduler, overwrite=overwrite, progress=progress, **settings)
+    _show_map(result, as_json=as_json)
+
+
+@map_app.command("resume")
+def map_resume(
+    out: Annotated[Path, typer.Argument(help="Folder of a map that was stopped.")],
+    *,
+    scheduler: Scheduler = None,
+    cluster: Cluster = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Go on with a map that was stopped, however hard; it ends as if it had not been.
+
+    Example: canopy map resume map
+    """
+    from canopy.region import resume_region
+
+    with _kept(out), _progress() as progress:
+        result = resume_region(out, scheduler=scheduler, cluster=cluster, workers=workers, progress=progress)
+    _show_map(result, as_json=as_json)
+
+
+@map_app.command("status")
+def map_status(out: Annotated[Path, typer.Argument(help="Folder of a map.")], *, as_json: Json = False) -> None:
+    """Say how a map stands: finished, running, or stopped, and which sheets failed.
+
+    Example: canopy map status map
+    """
+    from canopy.region import region_status
+
+    status = region_status(out)
+    if as_json:
+        _print_json(status.as_json())
+        return
+    typer.echo(f"{out}: {status.state}, {status.done} of {status.sheets} sheets")
+    for failed in status.failed:
+        typer.echo(f"sheet {failed.name} failed: {failed.message}")
+    if status.changed is not None:
+        typer.echo(status.changed)
+    elif status.state == "unfinished":
+        typer.echo(f"canopy map resume {out} goes on with it")
+
+
+@contextmanager
+def _kept(out: Path) -> Iterator[None]:
+    """Says, when a map is interrupted, what of it is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from canopy.region import stopped_map
+
+        if (kept := stopped_map(out)) is not None:
+            _say(kept)
+        raise
+
+
+def _show_map(result: Any, *, as_json: bool) -> None:
     run = json.loads(result.run.read_text())
     if as_json:
         _print_json({"height": str(result.height), "error": str(result.error), "run": run})
@@ -354,6 +472,8 @@ def map_(
         typer.echo(f"band tagged alpha used as {told['alpha']}: {told['alpha_reason']}")
     if told["left_out"]:
         typer.echo(f"files of the folder that are no imagery by their ending: {', '.join(told['left_out'])}")
+    if "reaches" in run["map"]["crs_chosen"]:
+        typer.echo(f"the map is in {run['map']['crs']}, {run['map']['crs_chosen']}; another with --crs")
     took = run["time"]
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took["stages_s"].items())
     typer.echo(f"{result.height}\n{result.error}\n{result.run}")

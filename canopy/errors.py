@@ -32,8 +32,20 @@ class ContractError(CanopyError):
     """Imagery that a model must not be given, or a model folder that does not hold what its contract says."""
 
 
+class DeviceMemoryError(CanopyError):
+    """A device without the memory for what it is asked to compute; fewer windows at once may fit."""
+
+
 class OutputError(CanopyError):
     """An output folder or file that cannot be written without losing something."""
+
+
+class RegionError(CanopyError):
+    """Sheets of a region that could not be made; the others are kept."""
+
+
+class ClusterError(CanopyError):
+    """Workers that cannot be had, or that died."""
 
 
 class AreaError(CanopyError):

@@ -160,6 +160,19 @@ def test_map_of_an_area_with_options(canopy, image, tiny_model, tmp_path):
     assert run["map"]["shape"] == [35, 30]
 
 
+def test_a_plan_says_what_a_map_would_take_and_does_nothing(canopy, image, tiny_model, tmp_path):
+    before = tree(tmp_path)
+    command = ("map", "--imagery", image, "--model", tiny_model, "--out", tmp_path / "out", "--sheet-size", 70, "--plan")
+    done = canopy(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["one_file"], told["crs"], told["pixels"]) == (True, "EPSG:32610", 150 * 130)
+    assert told["sheets"] > 1
+    assert min(told["seconds"] + 1, told["memory_bytes"], told["disk_bytes"]) > 0
+    refused(canopy(*command, "--scheduler", "tcp://127.0.0.1:9"), "--plan", "--scheduler")
+    assert tree(tmp_path) == before
+
+
 def test_the_same_command_twice_gives_the_same_bytes(canopy, image, tiny_model, tmp_path):
     command = ("map", "--imagery", image, "--model", tiny_model, "--out", tmp_path / "out")
     assert canopy(*command).returncode == 0
@@ -495,6 +508,7 @@ def test_a_file_that_cannot_grow(canopy, tiny_model, tmp_path, limit):
     last = done.stderr.strip().splitlines()[-1]  # libtiff has lines of its own before it
     assert last.startswith("canopy: ")
     assert "free disk space" in last
+    # 300 kB are not enough for the files of the sheet, so nothing of it is kept.
     assert not (tmp_path / "out").exists()
 
 
@@ -513,7 +527,7 @@ def slow_map(tmp_path, tiny_model, out):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )  # fmt: skip
     deadline = time.monotonic() + 90
-    while not list(out.glob(f"{WORK}/.*.part")):
+    while not list(out.glob(f"{WORK}/*/attempts/*/.*.part")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the run did not begin"
         time.sleep(0.05)
@@ -541,11 +555,14 @@ def test_an_interrupted_run_cleans_up(tmp_path, tiny_model, number, existing):
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_result_and_the_next_one_succeeds(canopy, tmp_path, tiny_model, image):
+    """Before a sheet was done there is nothing to go on with, and another map may be made there."""
     out = tmp_path / "out"
     process = slow_map(tmp_path, tiny_model, out)
     process.kill()
     process.communicate(timeout=60)
     assert [p.name for p in out.iterdir()] == [WORK]
+    told = canopy("map", "status", out, "--json")
+    assert {"state": "unfinished", "done": 0, "sheets": 1, "failed": []}.items() <= json.loads(told.stdout).items()
     done = canopy("map", "--imagery", image, "--model", tiny_model, "--out", out)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in out.iterdir()) == ["error.tif", "height.tif", "run.json"]

@@ -17,6 +17,7 @@ from pyproj import CRS, Transformer
 from canopy.errors import AreaError, CanopyError, ContractError, OutputError
 from canopy.grid import Box, Grid, Lattice
 from canopy.model.package import load_model
+from canopy.mosaicker.publish import stage_sheet
 from canopy.raster import open_raster, read_raster, write_raster
 from canopy.region import map_region
 from canopy.tiler.area import area_mask
@@ -471,18 +472,24 @@ def test_a_file_put_beside_a_failing_run_is_kept(image, tiny_model, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
-def test_a_disk_that_fills_up_during_the_run(image, tiny_model, whole, small_disk, monkeypatch):
+def test_a_disk_that_fills_up_during_the_run(image, tiny_model, whole, small_disk, tmp_path, monkeypatch):
     """The space is checked first, so it must vanish afterwards: here the check is told of more than there is."""
     import shutil
 
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr("canopy.region.shutil.disk_usage", lambda path: usage._replace(free=10**12))
-    for size in (16 << 10, 200 << 10, 600 << 10, 700 << 10):
+    monkeypatch.setattr("canopy.region.run.shutil.disk_usage", lambda path: usage._replace(free=10**12))
+    with stage_sheet(tmp_path, LATTICE, BOX) as (sheet, _):
+        pass
+    need = sum(path.stat().st_size for path in (sheet.height, sheet.error))
+    for size, staged in ((16 << 10, False), (need // 2, False), (need - 4096, False), (need + (80 << 10), True)):
         disk = small_disk(size)
         with pytest.raises(CanopyError, match="free disk space") as error:
             map_region(imagery=image, model=tiny_model, out=disk / "out")
         assert "\n" not in str(error.value)
-        assert not list(disk.iterdir())
+        # What is predicted is kept once it is whole; of less nothing is left.
+        assert [p.name for p in disk.glob("*/*")] == ([".canopy-work"] if staged else [])
+        assert ("canopy map resume" in str(error.value)) == staged
+        assert disk.joinpath("out").exists() == staged
 
 
 def test_what_the_run_says_about_itself(whole):
@@ -490,7 +497,8 @@ def test_what_the_run_says_about_itself(whole):
     assert record["map"] | {"shape": [170, 200], "gsd_m": 0.6, "window_px": 64, "stride_px": 48} == record["map"]
     assert record["time"]["bound_by"] in record["time"]["stages_s"]
     assert sum(record["time"]["stages_s"].values()) <= record["time"]["wall_s"] * 1.01
-    assert record["model"]["calibration"].startswith("uncalibrated")
+    assert record["calibration"].startswith("uncalibrated")
+    assert [model["name"] for model in record["models"]] == ["tiny"]
     assert record["machine"] | {"precision": "float32", "compiled": False, "batch": 1} == record["machine"]
     for path in (whole.height, whole.error):
         with rasterio.open(path) as dataset:

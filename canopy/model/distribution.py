@@ -150,7 +150,8 @@ class HeightDistribution:
 
     @cached_property
     def _centres_n11(self) -> Tensor:
-        return self.bins.centres_m().to(self.logits_bnhw.device)[:, None, None]
+        # Without `non_blocking` a GPU would finish the network before it is told what to do with its logits.
+        return self.bins.centres_m().to(self.logits_bnhw.device, non_blocking=True)[:, None, None]
 
     @cached_property
     def _summary(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,9 +11,11 @@ Loading is strict: a folder that is not exactly that is refused with one line th
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import shutil
+import threading
 import tomllib
 import uuid
 from collections.abc import Iterator, Mapping
@@ -32,7 +34,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 import canopy
-from canopy.errors import CanopyError, ContractError, OutputError
+from canopy.errors import CanopyError, ContractError, DeviceMemoryError, OutputError
 from canopy.grid import Layout
 from canopy.model.calibration import CalibrationTable
 from canopy.model.distribution import HeightDistribution
@@ -234,7 +236,15 @@ class HeightModel:
         Raises:
             ContractError: wrong number of bands, a side that is not a multiple of 32 px, or a usable pixel that is NaN
                 or outside the contract's value range.
-            CanopyError: the device has not enough memory, or the network cannot be compiled.
+            DeviceMemoryError: the device has not enough memory.
+            CanopyError: the network cannot be compiled.
+        """
+        return self.heights(self.prepare(image_bchw, valid_bhw))
+
+    def prepare(self, image_bchw: Tensor | NDArray[Any], valid_bhw: Tensor | NDArray[np.bool_] | None = None) -> Tensor:
+        """What the network is given for an image: the first half of `predict`, float32 on the device, filled and normalised.
+
+        Arguments and errors as for `predict`. An image in pinned memory is read after this has returned.
         """
         image = torch.as_tensor(image_bchw)
         assert image.ndim == 4, f"image has {image.ndim} axes, (batch, band, row, col) expected"
@@ -247,10 +257,19 @@ class HeightModel:
         assert valid is None or (valid.dtype == torch.bool and valid.shape == (image.shape[0], *image.shape[2:])), (
             f"valid must be bool (batch, row, col) of an image {tuple(image.shape)}"
         )
-        run = self.network if self.compiled is None else self.compiled
-        with torch.inference_mode(), _exact(self.device), self._within_memory(image):
+        with torch.inference_mode(), self._within_memory(image):
             self._check_values(image, valid)
-            x_bchw = normalise(image.to(self.device), None if valid is None else valid.to(self.device), self.contract)
+            return normalise(_sent(image, self.device), valid, self.contract)
+
+    def heights(self, x_bchw: Tensor) -> HeightDistribution:
+        """Height distribution of what `prepare` made: the second half of `predict`.
+
+        Raises:
+            DeviceMemoryError: the device has not enough memory.
+            CanopyError: the network cannot be compiled.
+        """
+        run = self.network if self.compiled is None else self.compiled
+        with torch.inference_mode(), _exact(self.device), self._within_memory(x_bchw):
             logits_bnhw = run(x_bchw.to(getattr(torch, self.precision)))
             heights = HeightDistribution.from_logits(
                 logits_bnhw, self.network.config.bins, self.network.config.normalisation
@@ -272,7 +291,7 @@ class HeightModel:
                 remedy = "close other programs, or choose a smaller model"
             else:
                 remedy = "run with --precision float16 or --device cpu, or choose a smaller model"
-            raise CanopyError(
+            raise DeviceMemoryError(
                 f"{self.device} has not enough memory for {count} window{'s' * (count > 1)} of {rows} x {cols} px "
                 f"through {self.contract.name} in {self.precision}; {remedy}"
             ) from error
@@ -337,12 +356,63 @@ class _Compiled:
             )
 
 
+class _Float32:
+    """Products in full float32 and the same convolution algorithm each time, while anybody predicts.
+
+    Torch's settings are the process's, and predictions may run side by side: who comes first sets them, who leaves last puts
+    them back as they were. Other libraries lower them when they are imported; on a CPU with matrix units for bfloat16 that
+    moves heights by 8 cm.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before.enter_context(
+                    torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee")
+                )
+                mkldnn: Any = torch.backends.mkldnn  # torch does not type what it holds
+                kinds = (torch.backends.cuda.matmul, mkldnn.matmul, mkldnn.conv)
+                for kind in kinds:
+                    self._before.callback(setattr, kind, "fp32_precision", kind.fp32_precision)
+                    kind.fp32_precision = "ieee"
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._before.close()
+
+
+_FLOAT32 = _Float32()
+
+
 @contextlib.contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32, the same convolution algorithm each time: what decides the numbers is the model alone."""
-    cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee")
-    with cudnn, torch.autocast(device.type, enabled=False):
+    """No autocast, no reduced precision in products: what decides the numbers is the model alone."""
+    with _FLOAT32, torch.autocast(device.type, enabled=False):
         yield
+
+
+@functools.cache
+def _copies(device: torch.device) -> Any:
+    """The stream of a CUDA device in which images travel to it."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _sent(image: Tensor, device: torch.device) -> Tensor:
+    """The image on the device; from pinned memory it travels while the device computes what it was given before."""
+    if device.type != "cuda" or image.device.type != "cpu" or not image.is_pinned():
+        return image.to(device)
+    copies, compute = _copies(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(copies):
+        there = image.to(device, non_blocking=True)
+    compute.wait_stream(copies)
+    there.record_stream(compute)  # or its memory could be given to the next image while it is still read
+    return there
 
 
 def _lacks_memory(error: RuntimeError) -> bool:
@@ -355,13 +425,19 @@ def _lacks_memory(error: RuntimeError) -> bool:
 
 
 def normalise(image_bchw: Tensor, valid_bhw: Tensor | None, contract: Contract) -> Tensor:
-    """(image - mean) / std per band in float32, the contract's fill where not usable; training uses this function too."""
-    mean = torch.tensor(contract.mean, device=image_bchw.device)[:, None, None]
-    std = torch.tensor(contract.std, device=image_bchw.device)[:, None, None]
+    """(image - mean) / std per band in float32, the contract's fill where not usable; training uses this function too.
+
+    The validity may be on another device than the image: the mirror image is found on the CPU.
+    """
+    # Without `non_blocking` a GPU finishes everything it has been given before it takes these few numbers.
+    mean, std = (
+        torch.tensor(values)[:, None, None].to(image_bchw.device, non_blocking=True)
+        for values in (contract.mean, contract.std)
+    )
     x_bchw = (image_bchw.float() - mean) / std
     if valid_bhw is None:
         return x_bchw
-    x_bchw = x_bchw.masked_fill(~valid_bhw[:, None], 0.0)
+    x_bchw = x_bchw.masked_fill(~valid_bhw.to(image_bchw.device, non_blocking=True)[:, None], 0.0)
     return mirrored(x_bchw, valid_bhw) if contract.fill == "mirror" else x_bchw
 
 
@@ -633,7 +709,7 @@ def _load_unchecked(folder: Path, device: torch.device) -> HeightModel:
     except RuntimeError as error:
         if not _lacks_memory(error):
             raise
-        raise CanopyError(
+        raise DeviceMemoryError(
             f"{device} has not enough memory for {contract.name}; choose a smaller model, or --device cpu"
         ) from error
     return HeightModel(contract=contract, network=network, device=device)

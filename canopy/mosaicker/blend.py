@@ -74,14 +74,18 @@ class Blend:
             slice(part.col0 - self._box.col0, part.col1 - self._box.col0),
         )
         use = usable[there]
-        # NaN times a weight of zero would still be NaN, so what is unusable is replaced before it is weighted.
-        mean = np.where(use, mean_m[there], np.float32(0))
-        spread = np.where(use, spread_m[there], np.float32(0))
-        w = np.where(use, self._weights[there], np.float32(0))
+        w, mean, spread = self._weights[there], mean_m[there], spread_m[there]
+        if not use.all():
+            # NaN times a weight of zero would still be NaN, so what is unusable is replaced before it is weighted.
+            w, mean, spread = (np.where(use, each, np.float32(0)) for each in (w, mean, spread))
         sums = self._sums[(slice(None), *here)]
         sums[0] += w
-        sums[1] += w * mean
-        sums[2] += w * (spread * spread + mean * mean)
+        square = mean * mean
+        part_m = spread * spread
+        square += part_m
+        square *= w
+        sums[2] += square
+        sums[1] += np.multiply(w, mean, out=part_m)
 
     def take(self, before: int) -> Strip | None:
         """The rows above lattice row `before`, which no further window may touch; None when there are none."""
@@ -93,8 +97,10 @@ class Blend:
         total, first, second = self._sums[:, :rows]
         with np.errstate(divide="ignore", invalid="ignore"):  # 0/0 is NaN: no window, no height
             mean = first / total
+            spread = second / total
+            spread -= mean * mean
             # Rounding can leave a variance of -1e-6 where all windows agree exactly.
-            spread = np.sqrt(np.maximum(second / total - mean * mean, np.float32(0)))
+            np.sqrt(np.maximum(spread, np.float32(0), out=spread), out=spread)
         box = Box(self._top, self._box.col0, stop, self._box.col1)
         kept = self._sums[:, rows:].copy()
         self._sums[:, : kept.shape[1]] = kept

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree as ET
 
 import numpy as np
 import rasterio.shutil
@@ -22,48 +23,35 @@ from rio_cogeo.cogeo import cog_validate
 
 from canopy.errors import OutputError, RasterError
 from canopy.grid import Box, Grid, Lattice
-from canopy.raster import GDAL_ERRORS, RasterWriter, check_readable, create_raster, open_raster
+from canopy.heap import trim_heap
+from canopy.mosaicker.quantum import Statistics, halve, merge, statistics_of
+from canopy.mosaicker.vrt import BLOCK_PX, mosaic_vrt
+from canopy.raster import GDAL_ERRORS, Raster, RasterWriter, create_raster, delete, open_raster
 
 if TYPE_CHECKING:
     import xarray
 
-QUANTUM_M = 1 / 32
-"""Heights are multiples of this. A power of two empties the low bits of the mantissa, which halves the compressed size;
-the rounding is at most 1.6 cm."""
-
-BLOCK_PX = 512
-
 DEFLATE_LEVEL = 4
 """Of 9. Level 6, the default, takes half as long again for files 6 % smaller."""
 
-_STRIP_PX = 128
-"""Rows of a map that are averaged at a time."""
+_CHUNK_PX = (512, 2048)
+"""Rows and columns of a map that are held in memory at a time: whole blocks of it and of its overview."""
+
+STAGED: Mapping[str, Any] = MappingProxyType({"compress": "none", "blockxsize": BLOCK_PX, "blockysize": 64})
+"""How rasters are stored that are read a few times and deleted. A compressor would take the model's cores; and blocks as low
+as this are whole soon, so GDAL need not keep many: strips of a model come in other heights than blocks."""
 
 HEIGHT_BANDS = ("height_m",)
 ERROR_BANDS = ("error_90_m", "lower_90_m", "upper_90_m")
 
-BYTES_PER_PIXEL = 43
-"""Disk that a run needs at its peak: four staged float32 bands and a third more for their overviews, 16 * 4/3 bytes, and at
-worst as much again for the COGs being built."""
+STAGED_BYTES_PER_PIXEL = 22
+"""Disk that a staged sheet needs: four float32 bands, and a third more for their overviews, 16 * 4/3 bytes."""
 
+COG_BYTES_PER_PIXEL = 22
+"""Disk that its two COGs need at worst, if nothing compresses; forest takes a fifth of it."""
 
-def quantise(height_m: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """Heights rounded to the nearest `QUANTUM_M`; NaN stays NaN."""
-    quanta = np.rint(np.asarray(height_m, np.float32) * np.float32(1 / QUANTUM_M))
-    return np.asarray(quanta * np.float32(QUANTUM_M), np.float32)
-
-
-def error_bands(lower_m: NDArray[np.floating[Any]], upper_m: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """The three bands of `error.tif`, (band, row, col), from the bounds of the 90 % interval.
-
-    The bounds are rounded outwards, so rounding never takes the true height out of the interval; the half-width
-    likewise.
-    """
-    per_m = np.float32(1 / QUANTUM_M)
-    lower = np.floor(np.asarray(lower_m, np.float32) * per_m)
-    upper = np.ceil(np.asarray(upper_m, np.float32) * per_m)
-    half_width = np.ceil((upper - lower) / 2)
-    return np.stack([half_width, lower, upper]) * np.float32(QUANTUM_M)
+BYTES_PER_PIXEL = STAGED_BYTES_PER_PIXEL + COG_BYTES_PER_PIXEL
+"""Disk that a map in one file needs at its peak."""
 
 
 # --- staging -------------------------------------------------------------------------------------------------------------
@@ -76,6 +64,19 @@ class StagedSheet:
     box: Box
     height: Path
     error: Path
+
+    @property
+    def name(self) -> str:
+        """What the sheet is called: its first lattice pixel."""
+        return _name(self.box)
+
+    def unlink(self) -> None:
+        """Delete both files."""
+        delete(self.height, self.error)
+
+
+def _name(box: Box) -> str:
+    return f"r{box.row0}_c{box.col0}"
 
 
 class SheetWriter:
@@ -97,14 +98,14 @@ def stage_sheet(folder: Path, lattice: Lattice, box: Box) -> Iterator[tuple[Stag
 
     Raises:
         OutputError: a file lacks a part of what was written, as on a full disk.
+        RasterError: it cannot be written at all.
     """
-    name = f"r{box.row0}_c{box.col0}"
+    name = _name(box)
     sheet = StagedSheet(box=box, height=folder / f"{name}_height.tif", error=folder / f"{name}_error.tif")
     with ExitStack() as stack:
-        # Uncompressed: it is read once and deleted, and a compressor here would take the model's cores.
         height, error = (
             stack.enter_context(
-                create_raster(path, grid=lattice.grid(box), count=count, dtype="float32", nodata=math.nan, compress="none")
+                create_raster(path, grid=lattice.grid(box), count=count, dtype="float32", nodata=math.nan, **STAGED)
             )
             for path, count in ((sheet.height, len(HEIGHT_BANDS)), (sheet.error, len(ERROR_BANDS)))
         )
@@ -116,17 +117,80 @@ def stage_sheet(folder: Path, lattice: Lattice, box: Box) -> Iterator[tuple[Stag
 def check_whole(path: Path, box: Box, count: int) -> None:
     """Refuse a staged file that lacks a block: GDAL writes the last of them when it closes a file, and only logs what fails.
 
-    The blocks lie one behind the other, uncompressed, so a file that lacks one is too short. It would read as NaN.
+    The blocks lie one behind the other, uncompressed, so that a file that lacks one is too short. It would read as NaN.
 
     Raises:
-        OutputError: it is too short.
+        OutputError: it is too short; it is deleted.
     """
-    pixels = math.prod(-(-side // BLOCK_PX) * BLOCK_PX for side in box.shape)
+    with open_raster(path) as raster:
+        block = raster.block_shapes[0]
+    pixels = math.prod(-(-side // part) * part for side, part in zip(box.shape, block, strict=True))
     if path.stat().st_size < count * pixels * np.dtype(np.float32).itemsize:
+        delete(path)
         raise OutputError(f"cannot write {path} (blocks of it are missing); free disk space or choose another folder")
 
 
 # --- the COG -------------------------------------------------------------------------------------------------------------
+
+
+def write_pair(
+    height: Path,
+    error: Path,
+    staged: Sequence[StagedSheet],
+    *,
+    lattice: Lattice,
+    box: Box,
+    tags: Mapping[str, str],
+    factors: Sequence[int] | None = None,
+    threads: int | None = None,
+) -> tuple[Statistics, Statistics]:
+    """Build the height and the error COG of `box` from staged sheets; both are there afterwards, or neither.
+
+    GDAL compresses on all cores but reads on one, so the two files are written at the same time. Memory does not grow with
+    the map: it is read in chunks and GDAL's cache has a limit.
+
+    Args:
+        height: Final name of the heights.
+        error: Final name of the errors.
+        staged: What the map consists of.
+        lattice: Where it lies.
+        box: The pixels of the map.
+        tags: Tags of both files.
+        factors: As `write_cog`.
+        threads: As `write_cog`.
+
+    Returns:
+        The statistics of the bands of each.
+
+    Raises:
+        OutputError: as `write_cog`.
+    """
+    files = ((height, "height", HEIGHT_BANDS), (error, "error", ERROR_BANDS))
+    with ThreadPoolExecutor(max_workers=len(files), thread_name_prefix="publish") as publishers:
+        jobs = [
+            publishers.submit(
+                write_cog, path, [(sheet.box, getattr(sheet, kind)) for sheet in staged],
+                lattice=lattice, box=box, band_names=names, tags=tags, factors=factors, threads=threads,
+            )
+            for path, kind, names in files
+        ]  # fmt: skip
+    failures = [job.exception() for job in jobs]
+    if any(failures):
+        for (path, _, _), failure in zip(files, failures, strict=True):
+            if failure is None:
+                path.unlink()
+    first, second = (job.result() for job in jobs)
+    return first, second
+
+
+def overview_factors(side_px: int) -> tuple[int, ...]:
+    """How many pixels of a map of this side are one of each of its overviews; the last overview fits a block."""
+    factors: list[int] = []
+    factor = 1
+    while -(-side_px // factor) > BLOCK_PX:
+        factor *= 2
+        factors.append(factor)
+    return tuple(factors)
 
 
 def write_cog(
@@ -137,100 +201,117 @@ def write_cog(
     box: Box,
     band_names: Sequence[str],
     tags: Mapping[str, str],
-) -> None:
+    factors: Sequence[int] | None = None,
+    threads: int | None = None,
+) -> Statistics:
     """Join staged parts into one cloud-optimized GeoTIFF in metres, NaN where there is nothing.
+
+    The bytes depend on the pixels, the place and the tags only, not on the parts or the threads.
 
     Args:
         out: Final name; until every check has passed the file is `.NAME.part.tif` beside it.
-        parts: Staged float32 rasters and the lattice pixels they hold.
+        parts: Staged float32 rasters and the lattice pixels they hold, on the quantum.
         lattice: Where they lie.
         box: The pixels of the result.
         band_names: One a band.
         tags: Tags of the file.
+        factors: Factors of the overviews, 2, 4 and on; default `overview_factors` of the longer side.
+        threads: Threads that compress; default one a core.
+
+    Returns:
+        The statistics of its bands, exact.
 
     Raises:
         OutputError: the disk is full, or the file does not pass `check_cog`.
     """
     vrt, part = out.with_name(f".{out.name}.vrt"), out.with_name(f".{out.name}.part.tif")
+    grid, pixels = lattice.grid(box), math.prod(box.shape)
+    factors = overview_factors(max(box.shape)) if factors is None else factors
     try:
         try:
-            vrt.write_bytes(_vrt(parts, lattice.grid(box), box, band_names, tags))
-            overviews = _overviews(vrt, lattice.grid(box), len(band_names))
-            vrt.write_bytes(_vrt(parts, lattice.grid(box), box, band_names, tags, overviews=overviews))
-            with rasterio.Env(GDAL_NUM_THREADS="ALL_CPUS"):
+            vrt.write_bytes(mosaic_vrt(parts, grid, box, band_names, tags))
+            levels, overviews = _pyramid(vrt, grid, len(band_names), factors)
+            band_tags = [band.tags(pixels) for band in levels[0]]
+            vrt.write_bytes(mosaic_vrt(parts, grid, box, band_names, tags, band_tags=band_tags, overviews=overviews))
+            with rasterio.Env(GDAL_NUM_THREADS="ALL_CPUS" if threads is None else str(threads)):
+                # The statistics in the VRT go into the file: GDAL's own would take another pass, and depend on the order.
                 rasterio.shutil.copy(
                     vrt, part, driver="COG", COMPRESS="DEFLATE", LEVEL=DEFLATE_LEVEL, PREDICTOR="FLOATING_POINT",
-                    BLOCKSIZE=BLOCK_PX, BIGTIFF="IF_SAFER", STATISTICS="YES",
+                    BLOCKSIZE=BLOCK_PX, BIGTIFF="IF_SAFER", OVERVIEWS="AUTO" if factors else "NONE",
                 )  # fmt: skip
-            check_cog(part, lattice.grid(box), band_names)
+                trim_heap()
+                check_cog(part, grid, band_names, levels)
         except (*GDAL_ERRORS, RasterError, OSError) as error:
             reason = error.__cause__ or error
             raise OutputError(f"cannot write {out} ({reason}); free disk space or choose another folder") from error
         part.replace(out)
     finally:
-        part.unlink(missing_ok=True)
-        for path in (vrt, *out.parent.glob(f"{vrt.name}.*.tif")):
-            path.unlink(missing_ok=True)
+        delete(part, vrt, *out.parent.glob(f"{vrt.name}.*.tif"))
+        trim_heap()
+    return levels[0]
 
 
-def _overviews(source: Path, grid: Grid, count: int) -> list[Path]:
-    """The overviews of a raster as files beside it, `SOURCE.2.tif` and on, each from the one before.
+def _pyramid(source: Path, grid: Grid, count: int, factors: Sequence[int]) -> tuple[list[Statistics], list[Path]]:
+    """The statistics of a raster and of its overviews, and the overviews as files beside it, `SOURCE.2.tif` and on.
 
-    Why not GDAL's: its averages are not on the quantum, so they compress badly and make up more than half of the file.
-    Each is written in strips, so memory does not grow with the height of the map.
+    Why not GDAL's: its averages are not on the quantum, so they compress badly and make up more than half of the file; and
+    this way the pixels are read once for both.
     """
+    levels: list[Statistics] = [()]
     paths: list[Path] = []
-    fine, factor = source, 1
-    while max(grid.shape) > BLOCK_PX:
+    if not factors:
+        with open_raster(source) as raster:
+            for _, _, heights_m in chunks(raster):
+                levels[0] = merge(levels[0], statistics_of(heights_m))
+    fine = source
+    for factor in factors:
         rows, cols = grid.shape
-        factor *= 2
         coarse = source.with_name(f"{source.name}.{factor}.tif")
         grid = Grid(crs=grid.crs, transform=grid.transform @ Affine.scale(2), shape=((rows + 1) // 2, (cols + 1) // 2))
+        levels.append(())
         with (
             open_raster(fine) as raster,
-            create_raster(coarse, grid=grid, count=count, dtype="float32", nodata=math.nan, compress="none") as writer,
+            create_raster(coarse, grid=grid, count=count, dtype="float32", nodata=math.nan, **STAGED) as writer,
         ):
-            for row in range(0, rows, _STRIP_PX):
-                strip = raster.read(row, 0, (min(_STRIP_PX, rows - row), cols), bands=range(1, count + 1))
-                writer.write(row // 2, halve(strip.data))
+            for row, col, heights_m in chunks(raster):
+                if fine == source:
+                    levels[0] = merge(levels[0], statistics_of(heights_m))
+                halved_m = halve(heights_m)
+                levels[-1] = merge(levels[-1], statistics_of(halved_m))
+                writer.write(row // 2, halved_m, col // 2)
         paths.append(coarse)
         fine = coarse
-    return paths
+        trim_heap()
+    return levels, paths
 
 
-def halve(height_m: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Means of the known pixels in each block of 2 x 2, on the quantum; NaN where none is known.
+def chunks(raster: Raster) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+    """(row, column, heights) of every part of a raster, each pixel once."""
+    rows, cols = raster.shape
+    for row in range(0, rows, _CHUNK_PX[0]):
+        for col in range(0, cols, _CHUNK_PX[1]):
+            yield row, col, raster.read_heights(row, col, (min(_CHUNK_PX[0], rows - row), min(_CHUNK_PX[1], cols - col)))
+
+
+def check_cog(path: Path, grid: Grid, band_names: Sequence[str], expected: Sequence[Statistics] | None = None) -> None:
+    """Refuse a file that is not the COG we promise; every block is decoded.
+
+    GDAL flushes the last blocks when a file is closed and only logs what fails then, so a full disk shows on reading.
 
     Args:
-        height_m: (band, row, col) metres; an odd last row or column is half a block.
-
-    Returns:
-        (band, ceil(row / 2), ceil(col / 2)).
-    """
-    _, rows, cols = height_m.shape
-    blocks = np.pad(height_m, ((0, 0), (0, rows % 2), (0, cols % 2)), constant_values=np.nan)
-    corners = [blocks[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
-    total = corners[0] + corners[1] + corners[2] + corners[3]
-    mean = total * np.float32(0.25)
-    holes = np.isnan(total)
-    if holes.any():
-        few = np.stack([corner[holes] for corner in corners])
-        known = np.isfinite(few).sum(axis=0)
-        with np.errstate(invalid="ignore"):  # 0/0 is NaN: nothing known in the block
-            mean[holes] = np.nansum(few, axis=0) / known
-    return quantise(mean)
-
-
-def check_cog(path: Path, grid: Grid, band_names: Sequence[str]) -> None:
-    """Refuse a file that is not the COG we promise.
+        path: The file.
+        grid: Where it should lie.
+        band_names: What its bands should be called.
+        expected: The statistics that it and each of its overviews should have, counted from what went into it; without
+            them the overviews are not decoded.
 
     Raises:
-        RasterError: the layout, the compression, a block, the grid, a name, a unit, the nodata value or the statistics
-            are not right.
+        RasterError: the layout, the compression, a block, the grid, a name, a unit, the nodata value, a pixel or the
+            statistics are not right.
     """
-    is_valid, errors, warnings = cog_validate(path, strict=True, quiet=True)
-    problems = [*errors, *warnings] if not is_valid else []
-    check_readable(path)
+    _, errors, warnings = cog_validate(path, strict=True, quiet=True)
+    # rio-cogeo takes a raster as wide as a block for one in strips; the shape of the blocks is looked at below.
+    problems = [problem for problem in (*errors, *warnings) if "not tiled" not in problem]
     with open_raster(path) as raster:
         found = raster.grid
         if (found.shape, found.transform) != (grid.shape, grid.transform) or found.crs != grid.crs:
@@ -240,54 +321,48 @@ def check_cog(path: Path, grid: Grid, band_names: Sequence[str]) -> None:
         if raster.dtype != "float32" or raster.nodata is None or not math.isnan(raster.nodata):
             problems.append(f"it holds {raster.dtype} with nodata {raster.nodata}")
         stored = (raster.structure.get("COMPRESSION"), raster.structure.get("PREDICTOR"))
-        if stored != ("DEFLATE", "3") or set(raster.block_shapes) != {(BLOCK_PX, BLOCK_PX)}:
-            problems.append(f"it is stored as {stored[0]}, predictor {stored[1]}, in blocks of {raster.block_shapes[0]}")
-        if any("STATISTICS_MEAN" not in tags for tags in raster.band_tags):
-            problems.append("it lacks statistics")
+        overviews, band_tags = raster.overviews, raster.band_tags
+        blocks = {
+            *raster.block_shapes,
+            *(shape for level in range(len(overviews)) for shape in _overview_blocks(path, level)),
+        }
+        if stored != ("DEFLATE", "3") or blocks != {(BLOCK_PX, BLOCK_PX)}:
+            problems.append(f"it is stored as {stored[0]}, predictor {stored[1]}, in blocks of {sorted(blocks)}")
+        if not problems:
+            heights = _count(raster)
+            for band, tags in zip(heights, band_tags, strict=True):
+                if band.count and "STATISTICS_MEAN" not in tags:
+                    problems.append("it lacks statistics")
+                elif not _agree(band.tags(math.prod(grid.shape)), tags):
+                    problems.append("its statistics are not those of its pixels")
+    if not problems and expected is not None:
+        levels = [heights, *(_count_overview(path, level) for level in range(len(overviews)))]
+        if levels != list(expected):
+            problems.append("its pixels are not those that went into it")
     if problems:
         raise RasterError(f"{path.name} is not a valid COG: {'; '.join(problems)}")
 
 
-def _vrt(
-    parts: Sequence[tuple[Box, Path]],
-    grid: Grid,
-    box: Box,
-    band_names: Sequence[str],
-    tags: Mapping[str, str],
-    *,
-    overviews: Sequence[Path] = (),
-) -> bytes:
-    """A GDAL VRT (XML) that lays the parts side by side; they are disjoint or the same, so none hides another."""
-    rows, cols = grid.shape
-    if len(parts) > 1:
-        # Of sources that lie side by side GDAL merges the statistics, weighted by percentages that it has rounded to
-        # 0.0001: they would be off in the seventh digit. Naming one part twice makes it look at the pixels instead.
-        parts = [min(parts, key=lambda part: math.prod(part[0].shape)), *parts]
-    root = ET.Element("VRTDataset", rasterXSize=str(cols), rasterYSize=str(rows))
-    ET.SubElement(root, "SRS").text = grid.crs.to_wkt()
-    a, b, c, d, e, f = tuple(grid.transform)[:6]
-    ET.SubElement(root, "GeoTransform").text = ", ".join(repr(float(v)) for v in (c, a, b, f, d, e))
-    metadata = ET.SubElement(root, "Metadata")
-    for key, value in {"AREA_OR_POINT": "Area", **tags}.items():
-        ET.SubElement(metadata, "MDI", key=key).text = value
-    for index, name in enumerate(band_names, start=1):
-        band = ET.SubElement(root, "VRTRasterBand", dataType="Float32", band=str(index))
-        ET.SubElement(band, "Description").text = name
-        ET.SubElement(band, "UnitType").text = "m"
-        ET.SubElement(band, "NoDataValue").text = "nan"
-        for part, path in parts:
-            source = ET.SubElement(band, "SimpleSource")
-            ET.SubElement(source, "SourceFilename", relativeToVRT="0").text = str(path.resolve())
-            ET.SubElement(source, "SourceBand").text = str(index)
-            height, width = part.shape
-            size: dict[str, Any] = {"xSize": str(width), "ySize": str(height)}
-            ET.SubElement(source, "SrcRect", xOff="0", yOff="0", **size)
-            ET.SubElement(source, "DstRect", xOff=str(part.col0 - box.col0), yOff=str(part.row0 - box.row0), **size)
-        for path in overviews:
-            overview = ET.SubElement(band, "Overview")
-            ET.SubElement(overview, "SourceFilename", relativeToVRT="0").text = str(path.resolve())
-            ET.SubElement(overview, "SourceBand").text = str(index)
-    return ET.tostring(root)
+def _count(raster: Raster) -> Statistics:
+    total: Statistics = ()
+    for _, _, heights_m in chunks(raster):
+        total = merge(total, statistics_of(heights_m))
+    return total
+
+
+def _count_overview(path: Path, level: int) -> Statistics:
+    with open_raster(path, overview=level) as raster:
+        return _count(raster)
+
+
+def _overview_blocks(path: Path, level: int) -> tuple[tuple[int, int], ...]:
+    with open_raster(path, overview=level) as raster:
+        return raster.block_shapes
+
+
+def _agree(wanted: Mapping[str, str], found: Mapping[str, str]) -> bool:
+    """Whether a file's statistics are the wanted ones, up to the last digits, in which other writers differ."""
+    return all(math.isclose(float(found[key]), float(value), rel_tol=1e-9, abs_tol=1e-12) for key, value in wanted.items())
 
 
 # --- reading back --------------------------------------------------------------------------------------------------------
@@ -297,7 +372,7 @@ def open_map(out: str | Path) -> xarray.Dataset:
     """A finished map as an `xarray.Dataset`, read lazily.
 
     Args:
-        out: The output folder of `canopy map`.
+        out: The output folder of `canopy map`, in one file or in sheets.
 
     Returns:
         Variables `height_m`, `error_90_m`, `lower_90_m` and `upper_90_m` on (y, x) in metres, NaN = unknown, with the
@@ -312,10 +387,10 @@ def open_map(out: str | Path) -> xarray.Dataset:
     out = Path(out)
     variables: dict[str, Any] = {}
     attributes: dict[str, Any] = {}
-    for name, bands in (("height.tif", HEIGHT_BANDS), ("error.tif", ERROR_BANDS)):
-        path = out / name
-        if not path.exists():
-            raise OutputError(f"{path} does not exist; finish the map first with canopy map … --out {out}")
+    for name, bands in (("height", HEIGHT_BANDS), ("error", ERROR_BANDS)):
+        path = next((path for suffix in (".tif", ".vrt") if (path := out / f"{name}{suffix}").exists()), None)
+        if path is None:
+            raise OutputError(f"{out / name}.tif does not exist; finish the map first with canopy map … --out {out}")
         array = rioxarray.open_rasterio(path, chunks={"x": 2 * BLOCK_PX, "y": 2 * BLOCK_PX}, masked=True)
         assert isinstance(array, xarray.DataArray), f"{path} opened as {type(array).__name__}"
         attributes |= {

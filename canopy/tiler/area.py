@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 from pyproj import CRS
 
 from canopy import __version__
@@ -96,6 +98,42 @@ class Area:
     def __str__(self) -> str:
         west, south, east, north = self.bounds_deg
         return f"longitude {west:.4f} to {east:.4f}, latitude {south:.4f} to {north:.4f}"
+
+
+class PlannedArea(BaseModel):
+    """An area as a plan holds it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    crs: str
+    """WKT."""
+    polygons: tuple[str, ...]
+    """WKB in hexadecimal digits, so that no coordinate is rounded."""
+
+    @classmethod
+    def of(cls, area: Area) -> PlannedArea:
+        """From the area itself."""
+        polygons = tuple(str(polygon.wkb_hex) for polygon in area.polygons)
+        return cls(name=area.name, crs=CRS.from_user_input(area.polygons.crs).to_wkt(), polygons=polygons)
+
+    @property
+    def area(self) -> Area:
+        """The area itself."""
+        import geopandas
+        import shapely
+
+        return Area(name=self.name, polygons=geopandas.GeoSeries(shapely.from_wkb([*self.polygons]), crs=self.crs))
+
+    def bounds_on(self, lattice: Lattice) -> tuple[float, float, float, float]:
+        """(left, bottom, right, top) in the lattice's CRS."""
+        left, bottom, right, top = self.area.polygon_in(lattice.crs).bounds
+        return left, bottom, right, top
+
+    def mask_on(self, lattice: Lattice) -> Callable[[Box], NDArray[np.bool_]]:
+        """Any box -> (row, col) True inside the area."""
+        polygons = self.area.polygons_in(lattice.crs)
+        return lambda box: area_mask(polygons, lattice, box)
 
 
 def as_area(given: Area | Path | str | BoundsLonLat) -> Area:

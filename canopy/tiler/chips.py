@@ -47,6 +47,7 @@ from canopy import __version__
 from canopy.errors import CanopyError, NoPointsError, OutputError, RecipeError
 from canopy.grid import Box, Lattice
 from canopy.raster import Pixels, create_raster, read_raster
+from canopy.tiler.area import PlannedArea
 from canopy.tiler.quality import ChipFacts, JudgedChip, Verdict, judge, judge_set
 from canopy.tiler.recipe import TileSetRecipe, load_recipe, resolve
 from canopy.tiler.register import Shift, measure_shift, robust_shift, shift_height
@@ -54,7 +55,6 @@ from canopy.tiler.scenes import (
     Finder,
     Item,
     Label,
-    PlannedArea,
     Scene,
     acquisition_day,
     gap_days,
@@ -435,7 +435,10 @@ def _engine(scheduler: str | None, workers: int | None, plan: Plan) -> Iterator[
 
 
 def _local_cluster(kind: Any, count: int) -> Any:
-    return kind(n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=logging.CRITICAL)
+    address = "127.0.0.1:0"  # any free port for its page, or a second build would be warned that the usual one is taken
+    return kind(
+        n_workers=count, threads_per_worker=1, processes=True, dashboard_address=address, silence_logs=logging.CRITICAL
+    )
 
 
 def _run(engine: Any, stage: Stage, count: int, *, plan: Plan, work: Path, progress: Progress | None) -> None:

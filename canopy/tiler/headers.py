@@ -144,7 +144,8 @@ def find_files(paths: LocalPaths) -> tuple[list[Path], str, tuple[str, ...]]:
         if not images:
             others = f", only {', '.join(sorted(left_out))}" if left_out else ""
             raise RasterError(f"{text} holds no image ({', '.join(RASTER_SUFFIXES)}){others}; {remedy}")
-        found |= {p.resolve(): p for p in images if p.resolve() not in found}
+        # Absolute, since where two files are alike the path decides, and the folder one happens to be in may not.
+        found |= {p.resolve(): p.absolute() for p in images if p.resolve() not in found}
     name = os.fspath(texts[0]) if len(texts) == 1 else f"{os.fspath(texts[0])} and {len(texts) - 1} more"
     return sorted(found.values()), name, tuple(sorted(left_out))
 

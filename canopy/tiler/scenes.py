@@ -34,6 +34,7 @@ from pyproj import CRS
 from canopy.errors import NoPointsError, RecipeError
 from canopy.grid import Box, Lattice, sheets_over
 from canopy.raster import Pixels, open_raster, write_raster
+from canopy.tiler.area import PlannedArea
 from canopy.tiler.imagery import NO_DATE, ImageFiles, Imagery
 from canopy.tiler.recipe import (
     SIMULATED_SEEDS,
@@ -48,6 +49,7 @@ from canopy.tiler.recipe import (
     matches,
     resolve,
 )
+from canopy.tiler.stamps import Stamp, changed, files_behind
 
 if TYPE_CHECKING:
     from canopy.tiler.area import Area
@@ -65,62 +67,6 @@ LABEL_HALO_PX: Final = 16
 """Least halo of such a tile; more where larger holes are filled."""
 
 Days = NDArray[np.int32]
-
-
-class Stamp(BaseModel):
-    """What tells that a file is still the one that was planned with."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str
-    size_bytes: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> Stamp:
-        """The stamp of a file as it is now."""
-        state = path.stat()
-        return cls(path=str(path), size_bytes=state.st_size, mtime_ns=state.st_mtime_ns)
-
-
-class PlannedArea(BaseModel):
-    """An area as a plan holds it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    crs: str
-    """WKT."""
-    polygons: tuple[str, ...]
-    """WKB in hexadecimal digits, so that no coordinate is rounded."""
-
-    @classmethod
-    def of(cls, area: Area) -> PlannedArea:
-        """From the area itself."""
-        polygons = tuple(str(polygon.wkb_hex) for polygon in area.polygons)
-        return cls(name=area.name, crs=CRS.from_user_input(area.polygons.crs).to_wkt(), polygons=polygons)
-
-    @property
-    def area(self) -> Area:
-        """The area itself."""
-        import geopandas
-        import shapely
-
-        from canopy.tiler.area import Area
-
-        return Area(name=self.name, polygons=geopandas.GeoSeries(shapely.from_wkb([*self.polygons]), crs=self.crs))
-
-    def bounds_on(self, lattice: Lattice) -> tuple[float, float, float, float]:
-        """(left, bottom, right, top) in the lattice's CRS."""
-        left, bottom, right, top = self.area.polygon_in(lattice.crs).bounds
-        return left, bottom, right, top
-
-    def mask_on(self, lattice: Lattice) -> Callable[[Box], NDArray[np.bool_]]:
-        """Any box -> (row, col) True inside the area."""
-        from canopy.tiler.area import area_mask
-
-        polygons = self.area.polygons_in(lattice.crs)
-        return lambda box: area_mask(polygons, lattice, box)
 
 
 class Item(BaseModel):
@@ -492,7 +438,7 @@ class Finder:
 
     def _stamped(self, paths: Iterable[Path]) -> Iterator[Stamp]:
         for path in paths:
-            for file in _files_behind(path):
+            for file in files_behind(path):
                 if file not in self._stamps:
                     self._stamps[file] = Stamp.of(file)
                 yield self._stamps[file]
@@ -501,20 +447,6 @@ class Finder:
 def _refuse_unknown(source: PairSource, names: set[str]) -> None:
     if unknown := sorted(set(source.exclude) - names):
         raise RecipeError(f"{source.site}: `exclude` names {unknown[0]!r}, which matches no file; correct the name")
-
-
-_SIDECARS = (".prj", ".wld", ".tfw", ".jgw", ".pgw")
-
-
-def _files_behind(path: Path) -> Iterator[Path]:
-    """A file and the sidecars that say where it lies; of a folder with an Entwine octree its description."""
-    if path.is_dir():
-        yield path / "ept.json"
-        return
-    yield path
-    for sidecar in (path.with_name(path.name + ".aux.xml"), *(path.with_suffix(suffix) for suffix in _SIDECARS)):
-        if sidecar.is_file():
-            yield sidecar
 
 
 _LONLAT: Final = CRS.from_epsg(4326)
@@ -694,10 +626,8 @@ def _image_files(paths: tuple[str, ...], _state: tuple[Stamp, ...]) -> ImageFile
 
 def refuse_changed(stamps: Iterable[Stamp]) -> None:
     """Stop when a file is not the one that was planned with: a tile set is of one state of its sources."""
-    for stamp in stamps:
-        path = Path(stamp.path)
-        if not path.is_file() or Stamp.of(path) != stamp:
-            raise RecipeError(f"{path} changed while the tile set was being built; leave it alone and run the build again")
+    if (path := changed(stamps)) is not None:
+        raise RecipeError(f"{path} changed while the tile set was being built; leave it alone and run the build again")
 
 
 def _heights_of(

@@ -501,7 +501,7 @@ class StacItems:
 
     def __init__(self, manifest: Manifest, cache: Path | None = None, patience: Patience = PATIENCE) -> None:
         self.manifest = manifest
-        self._cache, self._patience = cache, patience
+        self.cache, self._patience = cache, patience
         source = manifest.source
         names = tuple(band.name for band in source.band)
         grids = [(item.id, item.assets[source.band[0].asset].grid) for item in manifest.items]
@@ -520,7 +520,7 @@ class StacItems:
 
     def open(self, lattice: Lattice, bands: Sequence[int | str] | None = None) -> AbstractContextManager[StacImagery]:
         """The items on `lattice`; raises as `open_stac`."""
-        return open_stac(self.manifest, lattice, bands, self._cache, patience=self._patience)
+        return open_stac(self.manifest, lattice, bands, self.cache, patience=self._patience)
 
     def record(self) -> list[dict[str, Any]]:
         """Id, day and links of each item, and the digest of the manifest."""

@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -304,6 +305,24 @@ def test_autocast_around_a_prediction_changes_nothing(saved):
         loosely = model.network(normalise(image, None, model.contract))
     assert torch.equal(inside.mean_m, model.predict(image).mean_m)
     assert loosely.dtype == torch.bfloat16, "the control: autocast does reach a bare network"
+
+
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_lower_precision_of_products_around_a_prediction_changes_nothing(saved, precision):
+    """Some libraries ask for it when they are imported. It is the process's, and two threads may predict at once."""
+    model, image = load_model(saved), torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    alone = model.predict(image).mean_m
+    kind, before = torch.backends.mkldnn.matmul, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        lowered = kind.fp32_precision
+        assert lowered not in {"ieee", "none"}, "the control: it is lowered outside"
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            for heights in pool.map(lambda _: model.predict(image).mean_m, range(20)):
+                assert torch.equal(heights, alone)
+        assert kind.fp32_precision == lowered, "left as it was"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.slow

@@ -84,6 +84,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(whole, tile_sets, tmp
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_another_seed_ends_elsewhere(whole, tile_sets, tmp_path):
     """The negative control: the comparison above can tell two runs apart."""
     path = recipe(tile_sets, tmp_path, seed=4)

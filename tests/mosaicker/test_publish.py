@@ -7,27 +7,13 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.shutil
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from pyproj import CRS
 from rio_cogeo.cogeo import cog_info, cog_validate
 
 from canopy.errors import OutputError, RasterError
 from canopy.grid import Box, Lattice, sheets_over
-from canopy.mosaicker.publish import (
-    ERROR_BANDS,
-    HEIGHT_BANDS,
-    QUANTUM_M,
-    check_cog,
-    check_whole,
-    error_bands,
-    halve,
-    open_map,
-    quantise,
-    stage_sheet,
-    write_cog,
-)
+from canopy.mosaicker.publish import ERROR_BANDS, HEIGHT_BANDS, check_cog, check_whole, open_map, stage_sheet, write_cog
+from canopy.mosaicker.quantum import error_bands, halve, quantise
 from canopy.raster import create_raster
 
 LATTICE = Lattice(crs=CRS.from_epsg(32610), gsd_m=0.6)
@@ -170,19 +156,6 @@ def test_the_second_overview_halves_the_first(out):
         np.testing.assert_array_equal(dataset.read(), halve(first))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 5), (4, 4)])
-def test_halving_keeps_odd_edges(shape):
-    heights_m = quantise(np.random.default_rng(3).random((2, *shape)) * 40)
-    heights_m[0, 0, 0] = np.nan
-    coarse = halve(heights_m)
-    assert coarse.shape == (2, (shape[0] + 1) // 2, (shape[1] + 1) // 2)
-    for band, row, col in np.ndindex(coarse.shape):
-        block = heights_m[band, 2 * row : 2 * row + 2, 2 * col : 2 * col + 2].astype(float)
-        known = block[np.isfinite(block)]
-        expected = quantise(known.mean()) if known.size else np.nan
-        np.testing.assert_array_equal(coarse[band, row, col], expected)
-
-
 def test_a_map_in_sheets_is_the_map_in_one(tmp_path, out):
     sheets = sheets_over(BOX, 512)
     assert len(sheets) > 4
@@ -191,9 +164,8 @@ def test_a_map_in_sheets_is_the_map_in_one(tmp_path, out):
         with rasterio.open(out / name) as one, rasterio.open(other / name) as many:
             np.testing.assert_array_equal(many.read(), one.read())
             assert many.tags() == one.tags()
-            for index in one.indexes:  # statistics are sums, and their last digit depends on the order
-                for key, value in one.tags(index).items():
-                    assert float(many.tags(index)[key]) == pytest.approx(float(value), rel=1e-9)
+            assert [many.tags(index) for index in many.indexes] == [one.tags(index) for index in one.indexes]
+        assert (other / name).read_bytes() == (out / name).read_bytes()
 
 
 def test_a_misplaced_sheet_shows(tmp_path, out):
@@ -216,6 +188,15 @@ def test_what_no_sheet_covers_is_unknown(tmp_path):
     first = sheets_over(BOX, 512)[0].slices_in(BOX)
     with rasterio.open(tmp_path / "a.tif") as dataset:
         assert np.isnan(dataset.read(1)[first]).all()
+
+
+@pytest.mark.parametrize("cols", [512, 1024])
+def test_a_map_or_an_overview_as_wide_as_a_block(tmp_path, cols):
+    """rio-cogeo takes it for a file in strips."""
+    box = Box(0, 0, 1300, cols)
+    with stage_sheet(tmp_path, LATTICE, box) as (sheet, writer):
+        writer.write(box, np.ones(box.shape, np.float32), np.ones((3, *box.shape), np.float32))
+    write_cog(tmp_path / "a.tif", [(box, sheet.height)], lattice=LATTICE, box=box, band_names=HEIGHT_BANDS, tags=TAGS)
 
 
 # --- check_cog refuses ---------------------------------------------------------------------------------------------------
@@ -313,43 +294,6 @@ def test_full_disk(tmp_path, small_disk):
             write_cog(disk / "a.tif", [(BOX, sheet.height)], lattice=LATTICE, box=BOX, band_names=HEIGHT_BANDS, tags=TAGS)
         assert "\n" not in str(error.value)
         assert not list(disk.iterdir())
-
-
-# --- values --------------------------------------------------------------------------------------------------------------
-
-
-HEIGHTS = arrays(np.float32, 20, elements=st.floats(0, 120, width=32))
-
-
-@given(height=HEIGHTS)
-def test_quantise(height):
-    out = quantise(height)
-    assert out.dtype == np.float32
-    assert (np.abs(out.astype(float) - height) <= QUANTUM_M / 2).all()
-    assert (out * 32 == np.rint(out * 32)).all()
-    np.testing.assert_array_equal(quantise(out), out)
-    assert np.isnan(quantise(np.array([np.nan], np.float32))).all()
-
-
-@given(height=HEIGHTS, below=HEIGHTS, above=HEIGHTS)
-def test_error_bands_round_outwards(height, below, above):
-    lower, upper = np.maximum(height - below, 0), height + above
-    half, low, high = error_bands(lower, upper)
-    assert (low <= lower).all()
-    assert (high >= upper).all()
-    assert (low >= lower - QUANTUM_M).all()
-    assert (high <= upper + QUANTUM_M).all()
-    assert (low >= 0).all()
-    assert (2 * half >= high - low).all()
-    assert (2 * half <= high - low + 2 * QUANTUM_M).all()
-    assert (low <= quantise(height)).all()
-    assert (quantise(height) <= high).all()
-    bands = error_bands(lower, upper)
-    assert (bands * 32 == np.rint(bands * 32)).all()
-
-
-def test_unknown_stays_unknown_in_every_band():
-    assert np.isnan(error_bands(np.array([np.nan], np.float32), np.array([np.nan], np.float32))).all()
 
 
 # --- reading back --------------------------------------------------------------------------------------------------------

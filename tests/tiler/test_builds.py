@@ -103,6 +103,7 @@ def test_chips_that_were_lost_are_cut_again(source, tmp_path, monkeypatch):
     assert content(out) == whole
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_nothing(source, tmp_path):
     path, whole = source
     out = tmp_path / "set"
@@ -117,6 +118,7 @@ def test_a_killed_worker_changes_nothing(source, tmp_path):
     assert content(out) == whole
 
 
+@pytest.mark.slow
 def test_a_cluster_of_processes_gives_the_same_bytes(source, tmp_path):
     from distributed import LocalCluster
 

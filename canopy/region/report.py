@@ -1,0 +1,68 @@
+"""What a run says about itself: `run.json`, the one file of a map that is not the same twice."""
+
+from __future__ import annotations
+
+import platform
+from datetime import datetime
+from typing import Any
+
+from canopy import __version__
+from canopy.mosaicker.stages import Rate, Stages
+from canopy.region.records import Stage, Work
+
+
+def run_record(
+    work: Work, stages: Stages, crew: dict[str, Any], *, started: datetime, load_s: float, wall_s: float, fresh: int
+) -> dict[str, Any]:
+    """The record of a run that has made its map.
+
+    Args:
+        work: All of whose sheets are done.
+        stages: What was timed besides the sheets.
+        crew: Who did them.
+        started: When this run began.
+        load_s: Seconds that loading the model took in this process.
+        wall_s: Seconds since this run began.
+        fresh: Sheets that it did itself; it found the others done.
+    """
+    import rasterio
+    import torch
+
+    plan = work.plan
+    total = Stages(seconds={"load model": load_s} if load_s else {}, busy={"load model": load_s} if load_s else {})
+    batch: dict[str, Any] = {}
+    hosts: set[str] = set()
+    every: tuple[Stage, ...] = ("predict",) if plan.one_file else ("predict", "publish")
+    for record in (work.record_of(number, stage) for number in range(len(plan.sheets)) for stage in every):
+        assert record is not None, "a sheet without a record"
+        total.add(Stages.of(record.stages))
+        batch = record.batch or batch
+        hosts.add(record.host)
+    total.add(stages)
+    rows, cols = plan.extent.shape
+    pixels = rows * cols
+    rate = Rate(wall_s=wall_s, pixels=pixels * fresh // len(plan.sheets), gsd_m=plan.gsd_m, bound_by=total.bound_by)
+    return {
+        "canopy": __version__,
+        "started": started.isoformat(timespec="seconds"),
+        "plan": {"identity": plan.identity, "sheets_found_done": len(plan.sheets) - fresh},
+        "imagery": {**plan.imagery.told, "bands": plan.bands, "resampling": plan.resampled},
+        "models": [
+            {"name": model.name, "version": model.version, "weights_sha256": model.weights_sha256, "folder": model.folder}
+            for model in plan.models
+        ],
+        "tta": plan.tta,
+        "calibration": plan.tags["CANOPY_CALIBRATION"],
+        "map": {
+            "crs": plan.crs, "crs_chosen": plan.crs_chosen, "gsd_m": plan.gsd_m, "shape": [rows, cols],
+            "extent_km2": pixels * plan.gsd_m**2 / 1e6, "sheets": len(plan.sheets), "one_file": plan.one_file,
+            "window_px": plan.window_px, "stride_px": plan.stride_px, "windows": total.windows,
+            "area": None if plan.area is None else plan.area.name,
+        },
+        "time": {**total.record(), **rate.record()},
+        "machine": {
+            **crew, "hosts": sorted(hosts), "device": plan.device, "precision": plan.precision, "compiled": plan.compiled,
+            **batch, "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+            "rasterio": rasterio.__version__, "gdal": rasterio.__gdal_version__,
+        },
+    }  # fmt: skip
