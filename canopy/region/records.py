@@ -18,7 +18,6 @@ both end with the same bytes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import tempfile
@@ -36,6 +35,7 @@ from pydantic import ValidationError
 from canopy.errors import OutputError
 from canopy.mosaicker.quantum import Statistics
 from canopy.region.plan import Corners, Plan, Value
+from canopy.textfile import write_text
 
 if TYPE_CHECKING:
     from canopy.tiler.manifest import Manifest
@@ -240,21 +240,6 @@ def keep(files: dict[Path, Path], folder: Path) -> dict[str, int]:
     except OSError as error:
         raise _cannot_write(folder, error) from error
     return sizes
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:

@@ -42,10 +42,10 @@ from canopy.region.records import (
     is_held,
     move_results,
     unfinished,
-    write_text,
 )
 from canopy.region.report import run_record
 from canopy.region.sheet import Desk, check_known, leave_seat, open_source, published_sheet, staged_sheet, take_seat
+from canopy.textfile import write_text
 from canopy.tiler.area import Area, BoundsLonLat, area_mask
 from canopy.tiler.find import imagery_source
 from canopy.tiler.imagery import Band, ImagerySource, LocalPaths

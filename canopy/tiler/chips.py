@@ -47,6 +47,7 @@ from canopy import __version__
 from canopy.errors import CanopyError, NoPointsError, OutputError, RecipeError
 from canopy.grid import Box, Lattice
 from canopy.raster import Pixels, create_raster, read_raster
+from canopy.textfile import write_text
 from canopy.tiler.area import PlannedArea
 from canopy.tiler.quality import ChipFacts, JudgedChip, Verdict, judge, judge_set
 from canopy.tiler.recipe import TileSetRecipe, load_recipe, resolve
@@ -371,7 +372,7 @@ def _work(build: Path, plan: Plan, *, overwrite: bool, out: Path) -> Path:
         (work / "set" / "manifests").mkdir(exist_ok=True)
     for name in plan.manifests:
         _copy(build / "manifests" / name, work / "set" / "manifests" / name)
-    _write_text(work / PLAN, plan.model_dump_json(indent=1))
+    write_text(work / PLAN, plan.model_dump_json(indent=1))
     return work
 
 
@@ -381,19 +382,8 @@ def _copy(source: Path, target: Path) -> None:
     part.replace(target)
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path} ({error.strerror}); free disk space or choose another folder") from error
-
-
 def _write_json(path: Path, value: Any) -> None:
-    _write_text(path, json.dumps(value))
+    write_text(path, json.dumps(value))
 
 
 # --- running the tasks ---------------------------------------------------------------------------------------------------
