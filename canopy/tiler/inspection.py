@@ -4,16 +4,11 @@
 and pictures are drawn of a fixed number of chips only. So memory follows the number of rows of the index and not the
 pixels, and a set of 10 000 chips is inspected like one of 50.
 
-The page is one HTML file with everything inside, so it can be mailed, opened from a disk without network, and read on a
-phone. Colours are those of Okabe and Ito, which all common kinds of colour vision tell apart, and every colour has a shape
-or a word beside it.
+How the page looks and what makes it self-contained is in `canopy.page`.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import math
 import os
 import re
@@ -30,6 +25,18 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from canopy.errors import OutputError, RecipeError
+from canopy.page import (
+    FIGURE_WIDTH_IN,
+    Drawn,
+    enlarge,
+    json_for_html,
+    photograph,
+    photograph_uri,
+    plain,
+    plain_axes,
+    png_of,
+    render_page,
+)
 from canopy.raster import Pixels, read_raster
 from canopy.tiler.chips import INDEX, read_chip, read_index
 from canopy.tiler.quality import CHECKS, ChipFacts, JudgedChip, QualitySettings, judge, judge_set
@@ -60,9 +67,6 @@ SPLITS: Final = {
 }
 """Colour and marker of each split; a name that is not here is drawn in purple with a plus."""
 OTHER_SPLIT: Final = ("#CC79A7", "P")
-
-FIGURE_WIDTH_IN: Final = 6.4
-DPI: Final = 140
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,10 +179,10 @@ def inspect_tile_set(
         "shifts": _shifts_figure(index, notes),
     }
     figures = [
-        _Drawn(name=name, **_CAPTIONS[name], png=_png(figure)) for name, figure in pictures.items() if figure is not None
+        Drawn(name=name, **_CAPTIONS[name], png=png_of(figure)) for name, figure in pictures.items() if figure is not None
     ]
     maps = [
-        _Drawn(name=f"map_{_file_name(title)}", title=title, alt=alt, png=_png(figure))
+        Drawn(name=f"map_{_file_name(title)}", title=title, alt=alt, png=png_of(figure))
         for title, alt, figure in _maps(index, recipe, notes)
     ]
     top_m = max(heights.quantile_m(0.99), 5.0)
@@ -199,7 +203,7 @@ def inspect_tile_set(
         written += [_write(out / f"{drawn.name}.png", drawn.png) for drawn in (*figures, *maps)]
         for name, cards in sheets.items():
             if cards:
-                written.append(_write(out / f"{name}.png", _png(_sheet_figure(cards, titles[name], top_m))))
+                written.append(_write(out / f"{name}.png", png_of(_sheet_figure(cards, titles[name], top_m))))
         _write(out / PAGE, page.encode())
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}; choose another folder with --out") from error
@@ -355,41 +359,8 @@ _CAPTIONS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Drawn:
-    name: str
-    title: str
-    alt: str
-    png: bytes
-
-    @property
-    def data(self) -> str:
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _axes(height_in: float = 3.6) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(FIGURE_WIDTH_IN, height_in), layout="constrained")
-    axes = figure.subplots()
-    _plain(axes)
-    return figure, axes
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(visible=True, color="#e4e4e4", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
 def _heights_figure(heights: HeightCounts) -> Figure:
-    figure, axes = _axes()
+    figure, axes = plain_axes()
     styles = ("-", "--", "-.", ":", (0, (1, 1)))
     for number, split in enumerate(heights.splits):
         metres, shares = heights.shares(split)
@@ -426,7 +397,7 @@ def _stacked(axes: Axes, index: gpd.GeoDataFrame, values: NDArray[np.float64], e
 
 
 def _validity_figure(index: gpd.GeoDataFrame) -> Figure:
-    figure, axes = _axes()
+    figure, axes = plain_axes()
     _stacked(axes, index, 100 * index["valid_fraction"].to_numpy(np.float64), np.linspace(0, 100, 26))
     axes.set_xlabel("pixels of the chip with a known height (%)")
     return figure
@@ -442,7 +413,7 @@ def _gaps_figure(index: gpd.GeoDataFrame, notes: list[str]) -> Figure | None:
         notes.append(
             f"{unknown} of {len(days)} chips lack the date of image or LiDAR and are not in the chart of date gaps."
         )
-    figure, axes = _axes()
+    figure, axes = plain_axes()
     most = max(float(np.nanmax(days)), 30.0)
     step = next((step for step in (1, 2, 5, 10, 20, 30, 60, 90, 182.5, 365) if most / step <= 40), most / 40)
     _stacked(axes, index, days, np.arange(0, most + 1.01 * step, step))
@@ -458,7 +429,7 @@ def _shifts_figure(index: gpd.GeoDataFrame, notes: list[str]) -> Figure | None:
         return None
     if not measured.all():
         notes.append(f"No shift could be measured on {int((~measured).sum())} of {len(shift)} chips.")
-    figure, axes = _axes(5.2)
+    figure, axes = plain_axes(5.2)
     applied = index["shift_applied"].to_numpy(bool)
     axes.axhline(0, color="#bbbbbb", linewidth=0.8)
     axes.axvline(0, color="#bbbbbb", linewidth=0.8)
@@ -536,7 +507,7 @@ def _map(rows: gpd.GeoDataFrame, block_m: float | None) -> Figure:
     shape = min(max(height / max(width, 1e-9), 0.4), 1.25)
     figure = Figure(figsize=(FIGURE_WIDTH_IN, 1.1 + shape * (FIGURE_WIDTH_IN - 1.2)), layout="constrained")
     axes = figure.subplots()
-    _plain(axes)
+    plain(axes)
     axes.grid(visible=False)
     unit, name = (1000.0, "km") if extent > 5000 else (1.0, "m")
     outlines = [(np.asarray(shape.exterior.coords) - (left, bottom)) / unit for shape in rows.geometry]
@@ -620,11 +591,7 @@ class _Card:
 
     @property
     def data(self) -> str:
-        from matplotlib.image import imsave
-
-        buffer = io.BytesIO()
-        imsave(buffer, np.ascontiguousarray(self.strip), format="jpeg", pil_kwargs={"quality": 85})
-        return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return photograph_uri(self.strip)
 
     @property
     def alt(self) -> str:
@@ -654,16 +621,16 @@ def _pictures(image: Pixels, height_m: NDArray[np.float32], top_m: float) -> tup
     from matplotlib import colormaps
 
     part = _imaged(image.valid)
-    photograph = _enlarge(_photograph(image)[part], PICTURE_PX)
-    heights = _enlarge(height_m[part], PICTURE_PX)
+    photo = enlarge(photograph(image)[part], PICTURE_PX)
+    heights = enlarge(height_m[part], PICTURE_PX)
     tall = np.nan_to_num(heights, nan=0.0) > OUTLINE_M
-    outlined = photograph.copy()
+    outlined = photo.copy()
     outlined[tall ^ ndimage.binary_erosion(tall, iterations=2, border_value=1)] = (240, 228, 66)
     # No colour beyond the scale is invented: what is higher has the scale's last colour, as the page says.
     coloured = colormaps["viridis"](np.minimum(np.nan_to_num(heights, nan=0.0) / top_m, 1.0))[..., :3]
     shown = np.where(np.isfinite(heights)[..., None], coloured, 0.85)
-    shown[~_enlarge(image.valid[part], PICTURE_PX)] = 1.0
-    return photograph, outlined, (255 * shown).astype(np.uint8)
+    shown[~enlarge(image.valid[part], PICTURE_PX)] = 1.0
+    return photo, outlined, (255 * shown).astype(np.uint8)
 
 
 def _imaged(valid: NDArray[np.bool_]) -> tuple[slice, slice]:
@@ -672,27 +639,6 @@ def _imaged(valid: NDArray[np.bool_]) -> tuple[slice, slice]:
         return slice(None), slice(None)
     rows, cols = (np.flatnonzero(valid.any(axis=axis)) for axis in (1, 0))
     return slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
-
-
-def _photograph(image: Pixels) -> NDArray[np.uint8]:
-    """(row, col, 3) of the first three bands (or the only one); more than 8 bits are stretched from 2 to 98 per cent."""
-    bands = image.data[:3] if len(image.data) >= 3 else np.repeat(image.data[:1], 3, axis=0)
-    colours = np.moveaxis(bands, 0, -1)
-    if colours.dtype != np.uint8:
-        known = colours[image.valid] if image.valid.any() else colours.reshape(-1, 3)
-        low, high = np.percentile(known, [2, 98])
-        colours = (255 * np.clip((colours - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)
-    return np.where(image.valid[..., None], colours, np.uint8(255))
-
-
-def _enlarge(values: NDArray[Any], side_px: int) -> NDArray[Any]:
-    """Nearest neighbours to about `side_px` along the longer side: pixels stay pixels, for pictures only."""
-    longer = max(values.shape[:2])
-    if longer <= side_px:
-        factor = max(1, round(side_px / longer))
-        return np.repeat(np.repeat(values, factor, axis=0), factor, axis=1)
-    rows, cols = (np.linspace(0, n - 1, round(n * side_px / longer)).round().astype(np.intp) for n in values.shape[:2])
-    return values[np.ix_(rows, cols)]
 
 
 def _sheet_figure(cards: Sequence[_Card], title: str, top_m: float, per_line: int = 2) -> Figure:
@@ -747,8 +693,8 @@ def _render(
     tile_set: Path,
     index: gpd.GeoDataFrame,
     report: Mapping[str, Any],
-    figures: Sequence[_Drawn],
-    maps: Sequence[_Drawn],
+    figures: Sequence[Drawn],
+    maps: Sequence[Drawn],
     sheets: Mapping[str, Sequence[_Card]],
     titles: Mapping[str, str],
     top_m: float,
@@ -756,19 +702,12 @@ def _render(
     notes: Sequence[str],
     judged: bool,
 ) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("canopy.tiler", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     splits = sorted(set(index["split"]), key=_split_order)
     known = index["valid_fraction"].to_numpy(np.float64)
     sources = index[["site", "image_source", "lidar_source", "licence"]].drop_duplicates().sort_values("site")
-    return environment.get_template(TEMPLATE).render(
+    return render_page(
+        "canopy.tiler",
+        TEMPLATE,
         name=recipe.get("name", tile_set.resolve().name),
         report=report,
         notes=notes,
@@ -788,7 +727,7 @@ def _render(
         top_m=top_m,
         outline_m=OUTLINE_M,
         columns=_TABLE,
-        rows=_json_for_html(_table_rows(index, judged=judged)),
+        rows=json_for_html(_table_rows(index, judged=judged)),
     )
 
 
@@ -812,12 +751,6 @@ def _table_rows(index: gpd.GeoDataFrame, *, judged: bool) -> list[list[Any]]:
             None if gap is None else int(gap), None if math.isnan(shift) else round(float(shift), 2), row.block,
         ])  # fmt: skip
     return rows
-
-
-def _json_for_html(value: Any) -> str:
-    """JSON that may stand inside <script>: no character of it ends the element."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _file_name(title: str) -> str:

@@ -23,6 +23,7 @@ from matplotlib.image import imread
 from pyproj import CRS
 from shapely import box
 
+from canopy import page
 from canopy.errors import OutputError, RasterError, RecipeError
 from canopy.grid import Grid
 from canopy.raster import Pixels, create_raster, write_raster
@@ -102,7 +103,7 @@ def drawn(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def coarse(drawn, monkeypatch):
     """Pages other than `drawn` are looked at for their words: coarse pictures do, and take less time."""
-    monkeypatch.setattr(inspection, "DPI", 30)
+    monkeypatch.setattr(page, "DPI", 30)
 
 
 class Page(HTMLParser):
