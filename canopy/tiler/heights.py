@@ -26,7 +26,7 @@ from pyproj import CRS
 
 from canopy.errors import GridError, RasterError
 from canopy.grid import Box, Grid, Lattice
-from canopy.raster import open_raster
+from canopy.raster import Raster, open_raster
 from canopy.tiler.imagery import ImageFiles, Imagery, LocalPaths
 
 MAX_HEIGHT_M = 120.0
@@ -247,18 +247,32 @@ def _refuse_implausible(sample_m: NDArray[np.float64], names: str, option: str) 
 
 def _unit_m(files: ImageFiles, given: float | None, option: str) -> float:
     """Metres per unit of the first band by the rule in the module's docstring."""
-    if given is not None:
-        if not (math.isfinite(given) and given > 0):
-            raise RasterError(f"{option} = {given} must be a finite number above 0; give metres per unit")
-        return given
     found = {}
     for file in files.info.files:
         with open_raster(file.path) as raster:
-            found[_file_unit_m(raster.units[0], raster.grid.crs, raster.dtype, f"{file.path}", option)] = file.path
+            found[band_unit_m(raster, given, option)] = file.path
     if len(found) > 1:
         (one, a), (other, b), *_ = found.items()
         raise RasterError(f"{a} is in units of {one:g} m and {b} of {other:g} m; convert one of them")
     return next(iter(found))
+
+
+def band_unit_m(raster: Raster, given: float | None = None, option: str = "height_unit_m") -> float:
+    """Metres per unit of a raster's first band by the rule in the module's docstring.
+
+    Args:
+        raster: the raster.
+        given: what the user says it is, or None.
+        option: what the user calls that, for messages.
+
+    Raises:
+        RasterError: the unit is not known, or `given` is no length.
+    """
+    if given is not None:
+        if not (math.isfinite(given) and given > 0):
+            raise RasterError(f"{option} = {given} must be a finite number above 0; give metres per unit")
+        return given
+    return _file_unit_m(raster.units[0], raster.grid.crs, raster.dtype, f"{raster.path}", option)
 
 
 def _file_unit_m(tag: str | None, crs: CRS, dtype: str, name: str, option: str) -> float:
