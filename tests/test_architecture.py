@@ -317,7 +317,7 @@ def test_the_model_does_not_import_without_torch():
 
 
 HEAVY = sorted(
-    TORCH_FAMILY | {"geopandas", "pandas", "pyarrow", "laspy", "sklearn", "scipy", "skimage", "matplotlib", "numba"}
+    TORCH_FAMILY | {"geopandas", "pandas", "pyarrow", "h5py", "laspy", "sklearn", "scipy", "skimage", "matplotlib", "numba"}
 )
 
 HELP = """
