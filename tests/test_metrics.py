@@ -15,6 +15,7 @@ from scipy.stats import bootstrap
 from sklearn.metrics import jaccard_score, mean_absolute_error, r2_score, root_mean_squared_error
 
 from canopy.metrics import (
+    BOOTSTRAPPED,
     CLASS_EDGES_M,
     BlockSums,
     ClassSums,
@@ -25,6 +26,7 @@ from canopy.metrics import (
     block_bootstrap,
     by_class,
     class_index,
+    resample_sums,
     slope,
 )
 
@@ -419,9 +421,30 @@ def test_every_resample_has_the_measures_of_its_blocks():
     times = np.random.default_rng(3).multinomial(4, np.full(4, 1 / 4), size=50)
     for k, counts in enumerate(times):
         drawn = sum((block for block, n in zip(blocks, counts, strict=True) for _ in range(n)), HeightSums())
-        for name in ("mae_m", "rmse_m", "bias_m", "r2"):
+        for name in BOOTSTRAPPED:
             assert resampled.values[name][k] == pytest.approx(getattr(drawn, name), rel=1e-9, abs=1e-9)
     assert all(not (resampled - again).values[name].any() for name in resampled.values)
+
+
+def test_every_resample_of_other_sums_has_the_measures_of_its_blocks():
+    """Edges, tree cover and intervals, of two sets from the same draws."""
+    rng = np.random.default_rng(8)
+    edges, covers, intervals = [], [], []
+    for _ in range(4):
+        prediction, reference, valid = scene(int(rng.integers(2**31)), (9, 8))
+        edges.append(EdgeSums.of(prediction, reference, gsd_m=0.5))
+        covers.append(CoverCounts.of(prediction, reference, 5.0, valid))
+        intervals.append(IntervalSums.of(prediction - 3, prediction + 3, reference, valid))
+    times = np.random.default_rng(3).multinomial(4, np.full(4, 1 / 4), size=30)
+    for blocks, names in ((edges, ("error", "bias")), (covers, ("iou",)), (intervals, ("coverage", "mean_width_m"))):
+        resampled, again = resample_sums(blocks, blocks, measures=names, generator=np.random.default_rng(3), resamples=30)
+        for k, counts in enumerate(times):
+            first, *others = [block for block, n in zip(blocks, counts, strict=True) for _ in range(n)]
+            drawn = sum(others, first)
+            for name in names:
+                assert resampled.values[name][k] == pytest.approx(getattr(drawn, name), rel=1e-9, nan_ok=True)
+        np.testing.assert_equal(resampled.values, again.values)
+        assert resampled.blocks == 4
 
 
 def test_intervals_hold_the_truth_and_those_of_single_pixels_do_not():

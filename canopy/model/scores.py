@@ -16,19 +16,22 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from canopy.errors import ContractError
-from canopy.metrics import BlockSums, ClassSums, EdgeSums, HeightSums, Resampled, block_bootstrap, by_class
+from canopy.metrics import (
+    BLOCK_M,
+    RESAMPLED_M,
+    RESAMPLES,
+    BlockSums,
+    ClassSums,
+    EdgeSums,
+    HeightSums,
+    Resampled,
+    block_bootstrap,
+    by_class,
+)
 from canopy.model.calibration import Coverage
 from canopy.model.evaluate import ChipResult, Heights
 
 FILE = "metrics.json"
-
-BLOCK_M = 30.0
-"""Side of the blocks of block R², as in Tolan et al. (2024) and Brandt et al. (2026): 50 px of 0.6 m."""
-
-RESAMPLED_M = 120.0
-"""Side of the squares of ground that the bootstrap resamples: beyond it canopies hardly resemble each other."""
-
-RESAMPLES = 2000
 
 LEAST_BLOCKS = 6
 """Fewest squares for a claim: of n squares that all favour one side, chance would give 2^(1-n), less than 5 % from 6 on."""
