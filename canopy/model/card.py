@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from canopy.metrics import RESAMPLED_M
 from canopy.model.package import Contract, read_contract
-from canopy.model.scores import LEAST_BLOCKS, RESAMPLED_M, ClassFigures, Figures, How, Interval, Metrics, Score, read_metrics
+from canopy.model.scores import LEAST_BLOCKS, ClassFigures, Figures, How, Interval, Metrics, Score, read_metrics
 
 SERIOUS_BIAS_M = 5.0
 """A class of heights that is off by more than this on average is named among the limits."""
