@@ -313,7 +313,7 @@ class _Places:
 
 
 def map_bounds_deg(height: Path, margin_m: float = MAX_REACH_M) -> tuple[float, float, float, float]:
-    """(west, south, east, north) of a map with a margin, to read only the shots near it.
+    """(west, south, east, north) of a map with a margin, to read only the shots near it; east may be beyond 180.
 
     Raises:
         RasterError: the map cannot be read, or has no CRS.
@@ -323,9 +323,10 @@ def map_bounds_deg(height: Path, margin_m: float = MAX_REACH_M) -> tuple[float, 
     west, south, east, north = Transformer.from_crs(grid.crs, WGS84, always_xy=True).transform_bounds(
         *grid.bounds, densify_pts=21
     )
+    east += 360 if east < west else 0  # across the antimeridian
     high = margin_m / _DEGREE_M
     wide = high / max(0.01, math.cos(math.radians(max(abs(south), abs(north)))))
-    return west - wide, max(-90.0, south - high), east + wide, min(90.0, north + high)
+    return max(-180.0, west - wide), max(-90.0, south - high), east + wide, min(90.0, north + high)
 
 
 def sample_footprints(
