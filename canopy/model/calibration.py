@@ -12,7 +12,7 @@ NumPy only. All arrays of one call are one-dimensional and of one length, in met
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Self
@@ -232,39 +232,47 @@ def measure_coverage(
     )
 
 
-def cross_coverage(
+def tables_without(
     mean_m: ArrayLike,
     spread_m: ArrayLike,
     true_m: ArrayLike,
     site: Sequence[str] | NDArray[np.str_],
     edges: Sequence[float] = CLASS_EDGES_M,
     *,
-    report: Sequence[float] | None = None,
     nominal: float = 0.9,
     least_px: int = LEAST_PX,
     spread_floor_m: float = SPREAD_FLOOR_M,
-) -> dict[str, Coverage]:
-    """Coverage of each site by a table fitted on the others; a site is left out when the others are too few pixels to fit.
+) -> dict[str, CalibrationTable]:
+    """By site, the table fitted on the other ones; without the sites whose others are too few pixels to fit.
 
-    Arguments as in `fit_calibration`, and `report`: inner edges of the classes to report by, default `edges`.
+    Arguments as in `fit_calibration`.
     """
     mean, spread, true = (np.asarray(a) for a in (mean_m, spread_m, true_m))
     sites = np.asarray(site)
-    names = np.unique(sites)
-    result = {}
-    for name in names:
-        own = sites == name
-        if (~own).sum() < least_px:
-            continue
-        table = fit_calibration(
-            mean[~own],
-            spread[~own],
-            true[~own],
-            sites[~own],
-            edges,
-            nominal=nominal,
-            least_px=least_px,
-            spread_floor_m=spread_floor_m,
-        )
-        result[str(name)] = measure_coverage(table, mean[own], spread[own], true[own], edges if report is None else report)
-    return result
+    settings = {"nominal": nominal, "least_px": least_px, "spread_floor_m": spread_floor_m}
+    tables = {}
+    for name in np.unique(sites):
+        other = sites != name
+        if other.sum() >= least_px:
+            tables[str(name)] = fit_calibration(
+                mean[other], spread[other], true[other], sites[other], edges, **settings  # type: ignore[arg-type]
+            )  # fmt: skip
+    return tables
+
+
+def cross_coverage(  # noqa: PLR0917 - the four arrays go together everywhere
+    tables: Mapping[str, CalibrationTable],
+    mean_m: ArrayLike,
+    spread_m: ArrayLike,
+    true_m: ArrayLike,
+    site: Sequence[str] | NDArray[np.str_],
+    edges: Sequence[float] = CLASS_EDGES_M,
+) -> dict[str, Coverage]:
+    """Coverage of each site by its table of `tables_without`, by classes of predicted height with inner `edges`."""
+    mean, spread, true = (np.asarray(a) for a in (mean_m, spread_m, true_m))
+    sites = np.asarray(site)
+    return {
+        name: measure_coverage(table, mean[own], spread[own], true[own], edges)
+        for name, table in tables.items()
+        for own in (sites == name,)
+    }

@@ -1,35 +1,52 @@
-"""What a trained model says of chips it never saw, and how sure it may be: predictions, then intervals."""
+"""What a trained model says of chips it never saw, each pixel of the ground once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from canopy.errors import RecipeError
 from canopy.grid import Layout, weight
-from canopy.metrics import IntervalSums
 from canopy.model.baselines import Baselines
-from canopy.model.calibration import (
-    CalibrationTable,
-    Coverage,
-    MeasuredCoverage,
-    cross_coverage,
-    fit_calibration,
-    measure_coverage,
-)
 from canopy.model.data import ChipDataset
-from canopy.model.package import HeightModel
-from canopy.model.recipe import Calibrate
+from canopy.model.package import Contract
 from canopy.tiler.chips import read_index
 
 Heights = NDArray[np.float32]
 
 
-def predict_chip(model: HeightModel, image_brc: NDArray[Any], valid_rc: NDArray[np.bool_]) -> tuple[Heights, Heights]:
+class Predicted(Protocol):
+    """Heights of a batch of windows, (batch, row, col) tensors."""
+
+    @property
+    def mean_m(self) -> Tensor:
+        """Predicted height."""
+
+    @property
+    def spread_m(self) -> Tensor:
+        """Its standard deviation."""
+
+    @property
+    def abstain(self) -> Tensor:
+        """Where nothing is predicted."""
+
+
+class Predictor(Protocol):
+    """What predicts windows: a model, or several that are asked as one."""
+
+    @property
+    def contract(self) -> Contract:
+        """What imagery it takes."""
+
+    def predict(self, image_bchw: NDArray[Any], valid_bhw: NDArray[np.bool_] | None = None, /) -> Predicted:
+        """Heights of images (batch, band, row, col)."""
+
+
+def predict_chip(model: Predictor, image_brc: NDArray[Any], valid_rc: NDArray[np.bool_]) -> tuple[Heights, Heights]:
     """(mean_m, spread_m) of a chip, both (row, col), as a map of it would have them.
 
     A chip that fits the model's window is one input; a larger one is covered by windows on a lattice that starts at its
@@ -61,7 +78,7 @@ def predict_chip(model: HeightModel, image_brc: NDArray[Any], valid_rc: NDArray[
     return mean_m, np.sqrt(np.maximum(square - mean_m**2, 0.0))
 
 
-def _predict(model: HeightModel, image_brc: NDArray[Any], valid_rc: NDArray[np.bool_]) -> tuple[Heights, Heights]:
+def _predict(model: Predictor, image_brc: NDArray[Any], valid_rc: NDArray[np.bool_]) -> tuple[Heights, Heights]:
     """Mean and spread of one window, NaN where the model abstains."""
     heights = model.predict(image_brc[None], valid_rc[None])
     abstain = heights.abstain[0].cpu().numpy()
@@ -107,7 +124,7 @@ class ChipResult:
     """NaN as well where the model abstains."""
     spread_m: Heights
     forest_m: Heights
-    """By the random-forest baseline; NaN everywhere where the chip is not scored."""
+    """By the random-forest baseline; NaN everywhere where the chip is not scored or there is none."""
 
 
 HeldOutSet = tuple[ChipDataset, bool, bool]
@@ -233,8 +250,8 @@ def counted(places: Sequence[Place]) -> Iterator[NDArray[np.bool_]]:
 
 
 def evaluate_chips(
-    model: HeightModel,
-    baselines: Baselines,
+    model: Predictor,
+    baselines: Baselines | None,
     held_out: Sequence[HeldOutSet],
     *,
     progress: Callable[[int, int], None] | None = None,
@@ -246,7 +263,7 @@ def evaluate_chips(
 
     Args:
         model: The trained model.
-        baselines: Its baselines, fitted on the same training chips.
+        baselines: Its baselines, fitted on the same training chips; None where nothing is to be compared with them.
         held_out: What is held out, as `DataSets.held_out` gives it.
         progress: Called with the number of chips done and of all.
     """
@@ -258,7 +275,7 @@ def evaluate_chips(
             progress(done, len(places))
 
 
-def _evaluate(model: HeightModel, baselines: Baselines, place: Place, counts: NDArray[np.bool_]) -> ChipResult:
+def _evaluate(model: Predictor, baselines: Baselines | None, place: Place, counts: NDArray[np.bool_]) -> ChipResult:
     sample = place.chips[place.item]
     image, seen = sample["image"].numpy(), sample["image_valid"].numpy()
     known = sample["valid"].numpy()
@@ -267,7 +284,10 @@ def _evaluate(model: HeightModel, baselines: Baselines, place: Place, counts: ND
     part = slice(max(rows[0] - 1, 0), rows[-1] + 2), slice(max(cols[0] - 1, 0), cols[-1] + 2)
     wanted = np.zeros_like(known)
     wanted[part] = known[part]
-    forest_m = baselines.predict(image, wanted, seen) if place.scores else np.full(known.shape, np.nan, np.float32)
+    if baselines is not None and place.scores:
+        forest_m = baselines.predict(image, wanted, seen)
+    else:
+        forest_m = np.full(known.shape, np.nan, np.float32)
     site, crs, gsd_m = place.lattice
     return ChipResult(
         id=sample["id"],
@@ -286,93 +306,3 @@ def _evaluate(model: HeightModel, baselines: Baselines, place: Place, counts: ND
             )
         },
     )  # fmt: skip
-
-
-# --- calibration ---------------------------------------------------------------------------------------------------------
-
-
-CALIBRATION_PX_PER_CHIP = 2000
-"""Most pixels of one chip that calibrate, drawn at random: more of one place say little more, and the fit sorts them all."""
-
-
-def _pixels(
-    chips: Iterable[ChipResult], generator: np.random.Generator
-) -> tuple[Heights, Heights, Heights, NDArray[np.str_]]:
-    """Mean, spread and true height of the pixels that calibrate, with the site of each."""
-    parts: list[tuple[Heights, Heights, Heights]] = []
-    sites: list[NDArray[np.str_]] = []
-    for chip in chips:
-        if chip.calibrates:
-            at = np.flatnonzero(chip.counts & np.isfinite(chip.mean_m))
-            if at.size > CALIBRATION_PX_PER_CHIP:
-                at = np.sort(generator.choice(at, CALIBRATION_PX_PER_CHIP, replace=False))
-            parts.append((chip.mean_m.ravel()[at], chip.spread_m.ravel()[at], chip.true_m.ravel()[at]))
-            sites.append(np.full(at.size, chip.site))
-    if not parts:
-        raise RecipeError("no chip is left to calibrate on; give a set a `calibrate` split or hold out a site for it")
-    mean, spread, true = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return mean, spread, true, np.concatenate(sites)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """The table with the coverage measured two ways, by site."""
-
-    table: CalibrationTable
-    left_out: dict[str, Coverage]
-    """Calibration sites, each by a table fitted on the others."""
-    other: dict[str, Coverage]
-    """Scored chips that the table was not fitted on."""
-
-
-def calibrate(chips: Iterable[ChipResult], settings: Calibrate, generator: np.random.Generator) -> Calibration:
-    """Fit the table on the chips that calibrate and measure it on what it has not seen.
-
-    The coverage written into the table is that of each calibration site by a table fitted on the other ones, and that on
-    scored chips that do not calibrate; in-sample coverage is never reported.
-
-    Args:
-        chips: Held-out chips; read twice.
-        settings: How to fit.
-        generator: Draws the pixels of chips that have more than `CALIBRATION_PX_PER_CHIP`.
-
-    Raises:
-        RecipeError: no chip calibrates, or too few pixels do.
-    """
-    edges = settings.edges_m
-    arguments = {"nominal": settings.nominal, "least_px": settings.least_px, "spread_floor_m": settings.spread_floor_m}
-    pixels = _pixels(chips, generator)
-    table = fit_calibration(*pixels, edges, **arguments)  # type: ignore[arg-type]
-    classes = table.edges_m[1:]
-    left_out = cross_coverage(*pixels, edges, **arguments)  # type: ignore[arg-type]
-    left_out_classes = cross_coverage(*pixels, edges, report=classes, **arguments)  # type: ignore[arg-type]
-    other: dict[str, Coverage] = {}
-    other_classes: dict[str, Coverage] = {}
-    for chip in chips:
-        if chip.scores and not chip.calibrates:
-            known = chip.counts & np.isfinite(chip.mean_m)
-            mean_m, spread_m, true_m = (a[known] for a in (chip.mean_m, chip.spread_m, chip.true_m))
-            for sums, by in ((other, edges), (other_classes, classes)):
-                held = measure_coverage(table, mean_m, spread_m, true_m, by)
-                sums[chip.site] = sums.get(chip.site, Coverage.zero(by)) + held
-    measured = []
-    if left_out_classes:
-        measured.append(_measured("sites left out in turn", left_out_classes))
-    if other_classes:
-        measured.append(_measured("other held-out chips", dict(sorted(other_classes.items()))))
-    return Calibration(
-        table=table.model_copy(update={"measured": tuple(measured)}), left_out=left_out, other=dict(sorted(other.items()))
-    )
-
-
-def _measured(
-    how: Literal["sites left out in turn", "other held-out chips"], sites: dict[str, Coverage]
-) -> MeasuredCoverage:
-    by_class = zip(*(coverage.classes for coverage in sites.values()), strict=True)
-    sums = [sum(parts, IntervalSums()) for parts in by_class]
-    return MeasuredCoverage(
-        how=how,
-        sites=tuple(sites),
-        pixels=tuple(s.n for s in sums),
-        inside=tuple(s.n - s.n_below - s.n_above for s in sums),
-    )

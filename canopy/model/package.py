@@ -36,6 +36,7 @@ from torch._dynamo.exc import TorchDynamoException
 import canopy
 from canopy.errors import CanopyError, ContractError, DeviceMemoryError, OutputError
 from canopy.grid import Layout
+from canopy.model.blocks import BlockTable
 from canopy.model.calibration import CalibrationTable
 from canopy.model.distribution import HeightDistribution
 from canopy.model.network import HeightNetwork, NetworkConfig, weights_to_come
@@ -134,6 +135,8 @@ class Contract(BaseModel):
     """Scores as nested tables of numbers."""
     calibration: CalibrationTable | None = None
     """None: the model's spread has not been calibrated, and its maps say so."""
+    blocks: BlockTable | None = None
+    """How wrong means over ground are; None: not known."""
     weights_dtype: Literal["float32", "float16"] = "float32"
     """How the weights are stored; they are computed with in float32 either way."""
     weights_sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")

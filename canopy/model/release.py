@@ -15,8 +15,9 @@ from torch import Tensor
 
 from canopy.errors import RecipeError
 from canopy.model.baselines import Baselines, fit_baselines
+from canopy.model.calibrate import calibrate
 from canopy.model.card import card
-from canopy.model.evaluate import ChipResult, calibrate, evaluate_chips
+from canopy.model.evaluate import ChipResult, evaluate_chips
 from canopy.model.held_out import About, HeldOut, read_folds, training_sha256, weights_sha256, write_held_out
 from canopy.model.network import HeightNetwork
 from canopy.model.package import Contract, HeightModel, find_model, read_contract, save_model
@@ -102,7 +103,9 @@ def finish(
         ),
         not_for=recipe.model.not_for,
     )
-    contract = contract.model_copy(update={"metrics": _summary(metrics), "calibration": calibration.table})
+    contract = contract.model_copy(
+        update={"metrics": _summary(metrics), "calibration": calibration.table, "blocks": calibration.blocks}
+    )
     # Through the validator: `model_copy` trusts what it is given.
     contract = Contract.model_validate(contract.model_dump())
     save_model(

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from canopy.errors import ContractError
+from canopy.model.blocks import BlockTable
 from canopy.model.calibration import CalibrationTable
 from canopy.model.package import Contract, HeightModel, find_model, load_model
+from canopy.model.tables import Calibrated
 
 Tta = Literal["none", "flips", "d4"]
 """How a window is shown to a model: as it is; mirrored about either axis and both, 4 in all; or in all 8 symmetries of the
@@ -83,6 +85,8 @@ class Ensemble:
     models: tuple[HeightModel, ...]
     tta: Tta = "none"
     """Test-time augmentation."""
+    given: Calibrated | None = None
+    """Tables made for just these models and turns, in place of what the contract of a single model holds."""
 
     def __post_init__(self) -> None:
         assert self.models, "an ensemble has at least one model"
@@ -99,6 +103,22 @@ class Ensemble:
         digests = [model.contract.weights_sha256 for model in self.models]
         if doubled := [model.contract.name for model in self.models if digests.count(model.contract.weights_sha256) > 1]:
             raise ContractError(f"{doubled[0]} is given twice, which would only give it more weight; give every model once")
+        if self.given is not None:
+            self._check_given(self.given)
+
+    def _check_given(self, given: Calibrated) -> None:
+        asked = sorted(model.contract.weights_sha256 for model in self.models)
+        if asked != sorted(member.weights_sha256 for member in given.members):
+            names = " + ".join(f"{member.name} {member.version}" for member in given.members)
+            raise ContractError(
+                f"the calibration is of {names}, not of {self.name} as asked for (their weights differ); "
+                f"calibrate these models with canopy calibrate, or map with those"
+            )
+        if self.tta != given.tta:
+            raise ContractError(
+                f"the calibration is of test-time augmentation {given.tta!r}, not {self.tta!r}; map with --tta {given.tta}, "
+                f"or calibrate with --tta {self.tta}"
+            )
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -130,10 +150,14 @@ class Ensemble:
         """What imagery and windows the ensemble takes: the contract that all models share.
 
         Its name is the ensemble's. Of a single model that is shown windows as they are it is the model's own; any other has
-        no calibration table, see `uncalibrated`.
+        the tables that were given for it or none, see `uncalibrated`.
         """
         own = self.models[0].contract
-        return own if self.members == 1 else own.model_copy(update={"name": self.name, "calibration": None})
+        if self.given is not None:
+            return own.model_copy(update={"name": self.name, "calibration": self.given.pixels, "blocks": self.given.blocks})
+        if self.members == 1:
+            return own
+        return own.model_copy(update={"name": self.name, "calibration": None, "blocks": None})
 
     @property
     def name(self) -> str:
@@ -147,6 +171,11 @@ class Ensemble:
         return self.contract.calibration
 
     @property
+    def blocks(self) -> BlockTable | None:
+        """How wrong means over ground are; None: not known."""
+        return self.contract.blocks
+
+    @property
     def uncalibrated(self) -> str | None:
         """Why there is no calibration table, None where there is one.
 
@@ -157,7 +186,10 @@ class Ensemble:
             return None
         if self.members == 1 or all(model.contract.calibration is None for model in self.models):
             return "the model has no calibration table" if len(self.models) == 1 else "no model has a calibration table"
-        return f"a table calibrates one model on windows as they are, not the mean of {self.members} predictions"
+        return (
+            f"a model's table is for its windows as they are, not for the mean of {self.members} predictions; "
+            f"canopy calibrate makes one for them"
+        )
 
     def record(self) -> list[dict[str, Any]]:
         """What decides the pixels, a table a model, for records of runs: name, version, digest of the weights."""
@@ -228,6 +260,7 @@ def load_ensemble(
     tta: str = "none",
     precision: str = "float32",
     compile: bool = False,  # noqa: A002 - torch's word for it
+    calibration: Calibrated | None = None,
 ) -> Ensemble:
     """One or several models, by folder or name, ready to predict; see `load_model` for what is checked.
 
@@ -237,10 +270,11 @@ def load_ensemble(
         tta: Test-time augmentation, a `Tta`.
         precision: What the networks compute in.
         compile: Have torch compile the networks first.
+        calibration: Tables of these models and turns.
 
     Raises:
         ContractError: a model is not found or not whole, the models take different imagery or windows, one is given twice,
-            or the augmentation is unknown.
+            the augmentation is unknown, or the tables are of other models or turns.
         DeviceMemoryError: the device has not enough memory.
     """
     chosen = checked_tta(tta)
@@ -252,6 +286,7 @@ def load_ensemble(
             load_model(find_model(folder), device=device, precision=precision, compile=compile) for folder in folders
         ),
         tta=chosen,
+        given=calibration,
     )
 
 

@@ -50,10 +50,6 @@ STAGED_BYTES_PER_PIXEL = 22
 COG_BYTES_PER_PIXEL = 22
 """Disk that its two COGs need at worst, if nothing compresses; forest takes a fifth of it."""
 
-BYTES_PER_PIXEL = STAGED_BYTES_PER_PIXEL + COG_BYTES_PER_PIXEL
-"""Disk that a map in one file needs at its peak."""
-
-
 # --- staging -------------------------------------------------------------------------------------------------------------
 
 

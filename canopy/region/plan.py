@@ -21,6 +21,7 @@ from pyproj import CRS, Transformer
 from canopy import __version__
 from canopy.errors import AreaError, ContractError, GridError, OutputError
 from canopy.grid import Box, Lattice, Layout, sheets_over, utm_crs
+from canopy.model.tables import Calibrated
 from canopy.tiler.area import Area, BoundsLonLat, PlannedArea, as_area
 from canopy.tiler.imagery import Band, ImageFiles, ImagerySource, ground_gsd_m
 from canopy.tiler.stamps import Stamp, changed, files_behind
@@ -118,6 +119,8 @@ class Plan(Value):
     """None: the whole imagery."""
     models: tuple[PlannedModel, ...]
     tta: str
+    calibration: Calibrated | None
+    """Tables in place of the models' own."""
     device: str
     precision: str
     compiled: bool
@@ -199,6 +202,7 @@ class Plan(Value):
             "area": None if self.area is None else [self.area.crs, *self.area.polygons],
             "models": [[model.weights_sha256, model.contract_sha256] for model in self.models],
             "tta": self.tta,
+            "calibration": None if self.calibration is None else self.calibration.model_dump(mode="json"),
             "device": self.device_type,
             "precision": self.precision,
             "compiled": self.compiled,
@@ -225,6 +229,7 @@ class Plan(Value):
             yield "other imagery"
         names = {
             "bands": "bands", "crs": "CRS", "gsd_m": "GSD", "area": "area of interest", "tta": "test-time augmentation",
+            "calibration": "calibration",
             "device_type": "device", "precision": "precision", "compiled": "compilation",
         }  # fmt: skip
         yield from (f"other {name}" for key, name in names.items() if getattr(self, key) != getattr(other, key))
@@ -351,6 +356,7 @@ def plan_region(
         area=None if wanted is None else PlannedArea.of(wanted),
         models=tuple(PlannedModel.of(folder) for folder in folders),
         tta=ensemble.tta,
+        calibration=ensemble.given,
         device=device,
         precision=precision,
         compiled=compiled,

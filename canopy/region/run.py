@@ -8,6 +8,7 @@ and `resume_region` goes on from it to the same bytes.
 from __future__ import annotations
 
 import json
+import math
 import queue
 import shutil
 import threading
@@ -25,7 +26,8 @@ from pyproj import CRS
 
 from canopy.errors import AreaError, CanopyError, OutputError, RegionError
 from canopy.grid import Box
-from canopy.mosaicker.publish import BYTES_PER_PIXEL, write_pair
+from canopy.model.tables import Calibrated
+from canopy.mosaicker.publish import COG_BYTES_PER_PIXEL, STAGED_BYTES_PER_PIXEL, write_pair
 from canopy.mosaicker.stages import Stages
 from canopy.region.cluster import read_cluster
 from canopy.region.engine import Crew, Engine, Outcome, Told, crew_for, work_alone, work_together
@@ -117,6 +119,7 @@ def map_region(
     crs: CRS | str | None = None,
     bands: Sequence[Band] | None = None,
     tta: str = "none",
+    calibration: Calibrated | Path | None = None,
     sheet_px: int = SHEET_PX,
     max_file_px: int = MAX_FILE_PX,
     device: str = "cpu",
@@ -145,6 +148,8 @@ def map_region(
         bands: 1-based image bands, or their names, in the order of the model's contract; default the bands of these names
             where the imagery has such, else all but a mask.
         tta: Test-time augmentation: none, flips (4 predictions of each window) or d4 (8).
+        calibration: Tables for just these models and turns, or the file that `calibrate_models` wrote them to; default the
+            model's own, which several models or turns do not have.
         sheet_px: Side of the sheets that the region is cut into; does not change a pixel.
         max_file_px: Longest side of a map that is one file; a larger one is a file a sheet, with a VRT over them.
         device: torch device. On "cuda" every GPU of the machine is used when there are as many sheets.
@@ -172,12 +177,12 @@ def map_region(
     out = Path(out)
     ready = _prepare(
         aoi, imagery, model, engine, clock,
-        gsd_m=gsd_m, crs=crs, bands=bands, tta=tta, sheet_px=sheet_px, max_file_px=max_file_px, device=device,
-        precision=precision, compiled=compile, batch=batch,
+        gsd_m=gsd_m, crs=crs, bands=bands, tta=tta, calibration=calibration, sheet_px=sheet_px, max_file_px=max_file_px,
+        device=device, precision=precision, compiled=compile, batch=batch,
     )  # fmt: skip
     with alone(out) as base:
         _refuse_other_work(out, ready.plan, overwrite=overwrite)
-        _check_disk(out, ready.plan.pixels)
+        _check_disk(out, ready.plan, range(len(ready.plan.sheets)), engine)
         with _begun(base, ready.plan, manifest_of_source(ready.source)) as work:
             desk = _Desk(source=ready.source, ensemble=ready.ensemble if ready.here else None)
             return _finish_map(work, engine, desk, clock=clock, progress=progress)
@@ -189,6 +194,7 @@ def forecast_region(
     imagery: LocalPaths | Manifest | ImagerySource,
     model: Path | str | Sequence[Path | str],
     tta: str = "none",
+    calibration: Calibrated | Path | None = None,
     gsd_m: float | None = None,
     crs: CRS | str | None = None,
     bands: Sequence[Band] | None = None,
@@ -214,8 +220,8 @@ def forecast_region(
     clock, engine = _Clock(), Engine(workers=workers)
     ready = _prepare(
         aoi, imagery, model, engine, clock,
-        gsd_m=gsd_m, crs=crs, bands=bands, tta=tta, sheet_px=sheet_px, max_file_px=max_file_px, device=device,
-        precision=precision, compiled=compile, batch=batch, here=True,
+        gsd_m=gsd_m, crs=crs, bands=bands, tta=tta, calibration=calibration, sheet_px=sheet_px, max_file_px=max_file_px,
+        device=device, precision=precision, compiled=compile, batch=batch, here=True,
     )  # fmt: skip
     plan = ready.plan
     sheets = [plan.sheet(number) for number in range(len(plan.sheets))]
@@ -254,6 +260,7 @@ def _prepare(
     clock: _Clock,
     *,
     tta: str,
+    calibration: Calibrated | Path | None,
     device: str,
     precision: str,
     compiled: bool,
@@ -270,9 +277,12 @@ def _prepare(
     here = _loads_here(engine, device) if here is None else here
     if not engine.elsewhere:
         _check_device(device)
+    if isinstance(calibration, Path):
+        calibration = Calibrated.read(calibration)
     ensemble = load_ensemble(
-        folders, device if here else "cpu", tta=tta, precision=precision if here else "float32", compile=compiled and here
-    )
+        folders, device if here else "cpu", tta=tta, precision=precision if here else "float32", compile=compiled and here,
+        calibration=calibration,
+    )  # fmt: skip
     clock.loaded()
     plan = plan_region(
         aoi, source, ensemble, folders=folders, device=device, precision=precision, compiled=compiled, **options
@@ -316,7 +326,7 @@ def resume_region(
         if not (work.folder / MOVES).exists():
             work.plan.refuse_changed()
             work.clear_attempts()
-            _check_disk(out, sum(_pixels(work, number) for number in _todo(work)))
+            _check_disk(out, work.plan, _todo(work), engine)
         return _finish_map(work, engine, _Desk(source=None, ensemble=None), clock=clock, progress=progress)
 
 
@@ -440,8 +450,13 @@ def _refuse_begun(out: Path, folder: Path, plan: Plan) -> None:
     )
 
 
-def _check_disk(out: Path, pixels: int) -> None:
-    free, need = shutil.disk_usage(out).free, BYTES_PER_PIXEL * pixels
+def _check_disk(out: Path, plan: Plan, todo: Sequence[int], engine: Engine) -> None:
+    """Refuse a map that the disk may not hold, at worst; what is staged of sheets that become files goes with each."""
+    pixels = sorted((math.prod(plan.sheet(number).shape) for number in todo), reverse=True)
+    staged = pixels
+    if not plan.one_file and not engine.elsewhere:
+        staged = pixels[: 2 * max(1, engine.processes(plan.device, len(pixels)))]
+    free, need = shutil.disk_usage(out).free, COG_BYTES_PER_PIXEL * sum(pixels) + STAGED_BYTES_PER_PIXEL * sum(staged)
     if free < need:
         raise OutputError(
             f"{out} has {free / 1e9:.2f} GB free and the map needs up to {need / 1e9:.2f} GB while it is made; "
@@ -483,11 +498,6 @@ def _result(out: Path) -> MapResult:
 
 def _todo(work: Work) -> list[int]:
     return [number for number in range(len(work.plan.sheets)) if work.record(number, work.last_stage) is None]
-
-
-def _pixels(work: Work, number: int) -> int:
-    rows, cols = work.plan.sheet(number).shape
-    return rows * cols
 
 
 def _do_sheets(work: Work, todo: list[int], engine: Engine, desk: _Desk, progress: Progress | None) -> dict[str, Any]:

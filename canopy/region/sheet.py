@@ -128,13 +128,13 @@ def ensemble_of(plan: Plan) -> Ensemble:
 
     key = (
         *((model.weights_sha256, model.contract_sha256) for model in plan.models),
-        plan.tta, plan.device, plan.precision, plan.compiled,
+        plan.tta, plan.device, plan.precision, plan.compiled, plan.calibration,
     )  # fmt: skip
     if key not in _ensembles:
         _ensembles.clear()  # first, since two may not fit a device
         _ensembles[key] = load_ensemble(
             [model.folder for model in plan.models], plan.device,
-            tta=plan.tta, precision=plan.precision, compile=plan.compiled,
+            tta=plan.tta, precision=plan.precision, compile=plan.compiled, calibration=plan.calibration,
         )  # fmt: skip
     return _ensembles[key]
 

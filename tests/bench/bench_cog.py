@@ -4,36 +4,22 @@ With a model that computes next to nothing all that is left of `canopy map` is r
 map is made in a process of its own, so that its peak memory is its own.
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 import rasterio.shutil
-from pyproj import CRS
 
-from canopy.grid import Box, Lattice
 from canopy.mosaicker.publish import DEFLATE_LEVEL, HEIGHT_BANDS, stage_sheet, write_cog
 from canopy.mosaicker.quantum import quantise
-from canopy.raster import create_raster
-from canopy.simulate import simulate_scene
+from tests.bench.free_model import LATTICE, box_of, photo, run_map
 
 COG_TARGET = 1.1
 MAP_TARGET = 1.25
 MEMORY_TARGET_GB = 1.0
 GROWTH_TARGET = 1.05
-LATTICE = Lattice(crs=CRS.from_epsg(32610), gsd_m=0.6)
-ROOT = Path(__file__).parents[2]
-
-
-def box_of(side_px):
-    return Box(-8_130_304, 823_296, -8_130_304 + side_px, 823_296 + side_px)
 
 
 def gdal_cog(source, target):
@@ -78,74 +64,6 @@ def test_cog_over_gdal(tmp_path, side_px):
 
 
 # --- a map with a model that computes nothing ----------------------------------------------------------------------------
-
-_MAP = """
-import dataclasses, json, sys, time
-from pathlib import Path
-import torch
-from canopy.model.distribution import Bins
-from canopy.model.network import HeightNetwork, NetworkConfig
-from canopy.model.package import Contract, Training, load_model, save_model
-from canopy.mosaicker import ensemble
-from canopy.region import map_region
-from tests.plain_models import BINS, Plain
-import numpy as np
-
-image, small, folder, options = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
-config = NetworkConfig(
-    backbone="vit_tiny_patch16_224", backbone_options={"depth": 4, "embed_dim": 32, "num_heads": 2},
-    decoder_channels=8, head_channels=8, bins=BINS,
-)
-contract = Contract(
-    name="free", version="0", description="computes nothing", licence="Apache-2.0", network=config,
-    bands=("red", "green", "blue"), gsd_range_m=(0.25, 2.0), dtype="uint8", value_range=(0, 255),
-    mean=(100.0, 100.0, 100.0), std=(60.0, 60.0, 60.0), window_px=448, stride_px=336,
-    training=Training(sites=("nowhere",), tile_sets={}, recipe_sha256="0" * 64, footprints_deg=()),
-)
-fixture = np.random.default_rng(0).integers(0, 256, (3, 64, 64), dtype=np.uint8)
-model = save_model(
-    folder + "/model", network=HeightNetwork(config).eval(), contract=contract, card="# free", fixture_image=fixture
-)
-def free(*arguments, **options):
-    return dataclasses.replace(load_model(*arguments, **options), network=Plain(lambda x: 15 + 5 * x[:, 1]).eval())
-ensemble.load_model = free
-def peak_gb():  # not of getrusage, which begins with what the process was forked from
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1e6
-map_region(imagery=small, model=model, out=folder + "/small", **options)
-before = peak_gb()
-start = time.perf_counter()
-result = map_region(imagery=image, model=model, out=folder + "/out", **options)
-wall = time.perf_counter() - start
-print("RESULT" + json.dumps({"wall_s": wall, "before_gb": before, "peak_gb": peak_gb(),
-    "time": json.loads(result.run.read_text())["time"]}))
-"""
-
-
-def photo(path, side_px):
-    """A simulated forest, repeated."""
-    scene_px = 1024
-    box = box_of(side_px)
-    grid = LATTICE.grid(box)
-    scene = simulate_scene(grid=grid.crop(0, 0, (scene_px, scene_px)), seed=5).image
-    with create_raster(path, grid=grid, count=3, dtype="uint8") as writer:
-        for row in range(0, side_px, scene_px):
-            for col in range(0, side_px, scene_px):
-                rows, cols = min(scene_px, side_px - row), min(scene_px, side_px - col)
-                writer.write(row, scene[:, :rows, :cols], col)
-    return path
-
-
-def run_map(folder, image, **options):
-    """What a map in a process of its own says."""
-    folder.mkdir(exist_ok=True)
-    small = photo(folder / "small.tif", 600)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "-c", _MAP, str(image), str(small), str(folder), json.dumps(options)],
-        env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.partition("RESULT")[2])
 
 
 @pytest.mark.bench

@@ -14,6 +14,7 @@ from canopy.model.calibration import (
     fit_calibration,
     interval,
     measure_coverage,
+    tables_without,
 )
 
 
@@ -90,7 +91,8 @@ def test_classes_with_few_pixels_are_merged_and_none_are_lost():
 
 def test_coverage_of_a_site_never_comes_from_itself():
     easy, hard = forest(8, factor=1.0, site="easy"), forest(9, factor=5.0, site="hard")
-    left_out = cross_coverage(*joined(easy, hard))
+    pixels = joined(easy, hard)
+    left_out = cross_coverage(tables_without(*pixels), *pixels)
     assert left_out["hard"].total.coverage < 0.6
     assert left_out["easy"].total.coverage > 0.99
     # The same pixels looked at in-sample hide it.
@@ -99,7 +101,7 @@ def test_coverage_of_a_site_never_comes_from_itself():
 
 
 def test_one_site_has_no_cross_coverage():
-    assert cross_coverage(*forest(10)) == {}
+    assert tables_without(*forest(10)) == {}
 
 
 def test_too_few_pixels_are_refused_with_the_remedy():

@@ -176,7 +176,7 @@ def test_only_a_model_alone_keeps_its_calibration():
     two = Ensemble(models=(calibrated, named("two", "b", pointwise, calibration=TABLE)))
     for ensemble, count in ((turned_too, 4), (two, 2)):
         assert ensemble.calibration is None is ensemble.contract.calibration
-        assert f"not the mean of {count} predictions" in ensemble.uncalibrated
+        assert f"not for the mean of {count} predictions" in ensemble.uncalibrated
     assert (turned_too.contract.name, two.contract.name) == ("one, flips", "one + two")
     assert "no calibration table" in Ensemble(models=(named("three", "c", pointwise),)).uncalibrated
     assert [(each["name"], each["weights_sha256"]) for each in two.record()] == [("one", digest("a")), ("two", digest("b"))]
