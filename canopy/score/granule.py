@@ -107,9 +107,7 @@ class Granule:
             raise SourceError(f"{self.path} has no {name}; give a granule with it (subsetters can leave it out){remedy}")
         said = self.attribute(name, "units")
         if unit == "m" and said is not None and said.strip().lower() not in _METRES:
-            raise SourceError(
-                f"{self.path}: {field} of {holder} is in {said!r}, not in metres; give the product as delivered"
-            )
+            raise SourceError(f"{self.path}: {name} is in {said!r}, not in metres; give the product as delivered")
         if cols is not None and (dataset.ndim != 2 or dataset.shape[1] <= cols):
             raise SourceError(f"{self.path}: {name} has the shape {dataset.shape}, so there is no column {cols} in it")
         span = slice(None) if rows is None else rows
