@@ -16,6 +16,10 @@ class RasterError(CanopyError):
     """A raster that cannot be read or written as asked."""
 
 
+class NoCrsError(RasterError):
+    """A raster that does not say where on Earth it is."""
+
+
 class LidarError(CanopyError):
     """A point cloud that cannot be turned into heights."""
 
@@ -62,3 +66,7 @@ class ImageryError(CanopyError):
 
 class AuditError(CanopyError):
     """A table of chips that cannot be audited."""
+
+
+class SealError(CanopyError):
+    """A sealed task, its key and a submission that do not hold together."""

@@ -30,7 +30,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.warp import Resampling, reproject
 from rasterio.windows import Window
 
-from canopy.errors import RasterError
+from canopy.errors import NoCrsError, RasterError
 from canopy.grid import Grid
 
 # GDAL keeps decoded blocks up to a twentieth of the memory, 6 GB on a large node, and every worker process has its own.
@@ -183,8 +183,31 @@ class Raster:
         Raises:
             RasterError: the file has no CRS or no geotransform.
         """
+        return self.grid_or(None)
+
+    @property
+    def scaling(self) -> tuple[tuple[float, float], ...]:
+        """(scale, offset) of each band: a height is scale * value + offset where the file says so, else (1, 0)."""
+        return tuple(zip(self._dataset.scales, self._dataset.offsets, strict=True))
+
+    def grid_or(self, crs_if_none: CRS | None) -> Grid:
+        """`grid`, with a CRS of the caller's where neither the file nor a `.prj` beside it names one.
+
+        Raises:
+            RasterError: the file has no geotransform; or there is no CRS at all; or it has one, and it is another.
+        """
         own = self._dataset.crs
-        crs = _crs(own.to_wkt()) if own is not None else self._sidecar_crs()
+        try:
+            crs = _crs(own.to_wkt()) if own is not None else self._sidecar_crs()
+        except NoCrsError:
+            if crs_if_none is None:
+                raise
+            crs = crs_if_none
+        if crs_if_none is not None and crs != crs_if_none:
+            raise RasterError(
+                f"{self.path} has the CRS {crs.name!r}, not {crs_if_none.name!r}; leave it as it is, or correct the file: "
+                f"rio edit-info --crs {crs_if_none.to_string()} {self.path.name}"
+            )
         if self._dataset.transform.is_identity:
             raise RasterError(f"{self.path} has no geotransform; add a world file or georeference it first")
         return Grid(crs=crs, transform=self._dataset.transform, shape=self.shape)
@@ -199,7 +222,7 @@ class Raster:
                 return _crs(sidecar.read_text().strip())
             except (CRSError, UnicodeDecodeError) as error:
                 raise RasterError(f"{sidecar} holds no CRS that PROJ can read; put its WKT there") from error
-        raise RasterError(
+        raise NoCrsError(
             f"{self.path} has no CRS, so its place on Earth is unknown; assign the right one first, "
             f"for example: rio edit-info --crs EPSG:32610 {self.path.name}, or put its WKT in a .prj file beside it"
         )
@@ -589,3 +612,40 @@ def warp(pixels: Pixels, source: Grid, target: Grid, *, resampling: Resampling =
     limits = np.iinfo(dtype)
     rounded = np.clip(np.rint(np.where(valid, out, 0)), limits.min, limits.max)  # cubic kernels overshoot the range
     return Pixels(data=rounded.astype(dtype), valid=valid)
+
+
+def area_means(values: NDArray[np.float64], source: Grid, target: Grid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Means over each target pixel, every source pixel with the weight of its area in it, and how much of it is known.
+
+    In float64, so that the corner from which the pixels are counted shows in no digit that a height has.
+
+    Args:
+        values: (row, col) on `source`, NaN = unknown. It must reach beyond `target` on all sides, with NaN where there is
+            nothing: what is missing altogether would not count as unknown.
+        source: Grid of `values`, not coarser than `target`.
+        target: Grid of the result.
+
+    Returns:
+        (row, col) means of what is known, NaN where nothing is; and (row, col) the share of the pixel's area that is known.
+    """
+    means = _reprojected(values, source, target, Resampling.average)
+    share = _reprojected(np.isfinite(values).astype(np.float64), source, target, Resampling.average)
+    return means, np.where(np.isfinite(means), np.clip(np.nan_to_num(share), 0.0, 1.0), 0.0)
+
+
+def nearest(values: NDArray[np.float64], source: Grid, target: Grid) -> NDArray[np.float64]:
+    """(row, col) values of the source pixels in which the centres of the target pixels lie; NaN where there is none."""
+    return _reprojected(values, source, target, Resampling.nearest)
+
+
+def _reprojected(values: NDArray[np.float64], source: Grid, target: Grid, how: Resampling) -> NDArray[np.float64]:
+    nodata = math.nan if np.isnan(values).any() else None
+    out = np.full(target.shape, np.nan)
+    with rasterio.Env(**_ENV):
+        reproject(
+            values, out,
+            src_transform=source.transform, src_crs=source.crs.to_wkt(), src_nodata=nodata,
+            dst_transform=target.transform, dst_crs=target.crs.to_wkt(), dst_nodata=math.nan,
+            init_dest_nodata=True, resampling=how, tolerance=0.0, num_threads=1,
+        )  # fmt: skip
+    return out

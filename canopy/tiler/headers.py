@@ -161,14 +161,18 @@ def _ending(path: Path) -> str:
 # --- headers -------------------------------------------------------------------------------------------------------------
 
 
-def read_headers(paths: Sequence[Path]) -> list[ImageFile]:
+def read_headers(paths: Sequence[Path], crs_if_none: CRS | None = None) -> list[ImageFile]:
     """Read the headers of image files, several at a time.
+
+    Args:
+        paths: The files.
+        crs_if_none: CRS of those that name none; one that names another is refused.
 
     Raises:
         RasterError: one is unreadable, cut short, without CRS or geotransform, of mixed data types or of indices of colours.
     """
     with ThreadPoolExecutor(max_workers=8, thread_name_prefix="header") as readers:
-        files = list(readers.map(_header, paths))
+        files = list(readers.map(lambda path: _header(path, crs_if_none), paths))
     where = places([file.grid for file in files], [str(file.path) for file in files])
     return [
         replace(file, gsd_m=place.gsd_m, centre_lon_deg=place.lon_deg, centre_lat_deg=place.lat_deg)
@@ -176,7 +180,7 @@ def read_headers(paths: Sequence[Path]) -> list[ImageFile]:
     ]
 
 
-def _header(path: Path) -> ImageFile:
+def _header(path: Path, crs_if_none: CRS | None) -> ImageFile:
     with open_raster(path) as raster:
         raster.check_complete()
         if raster.has_palette:
@@ -184,7 +188,7 @@ def _header(path: Path) -> ImageFile:
                 f"{path} holds indices into a colour table, not colours; expand it first, for example: "
                 f"gdal_translate -expand rgb {path.name} rgb.tif"
             )
-        grid, pixel_grid, origin_px = _on_pixel_grid(raster.grid)
+        grid, pixel_grid, origin_px = _on_pixel_grid(raster.grid_or(crs_if_none))
         status = path.stat()
         return ImageFile(
             path=path, grid=grid, pixel_grid=pixel_grid, origin_px=origin_px,

@@ -132,7 +132,7 @@ def open_chm(paths: LocalPaths, lattice: Lattice, *, height_unit_m: float | None
     with ExitStack() as stack:
         chm = stack.enter_context(files.open(lattice, (1,)))
         source = _Rasters(box=chm.box, resampled=chm.resampled, values_m=lambda box: _values_m(chm, box, unit_m))
-        _refuse_implausible(source.sample_m(), files.info.source, "height_unit_m")
+        refuse_implausible(source.sample_m(), files.info.source, "height_unit_m")
         yield source
 
 
@@ -178,7 +178,7 @@ def open_dsm_minus_dtm(
                 f"{names}: {sunken:.0%} of the differences are below -{MAX_BELOW_GROUND_M:g} m; are they swapped, in "
                 f"different units or vertical datums? Give dsm_unit_m and dtm_unit_m, or bring them to one datum"
             )
-        _refuse_implausible(sample_m, names, "dsm_unit_m and dtm_unit_m")
+        refuse_implausible(sample_m, names, "dsm_unit_m and dtm_unit_m")
         yield source
 
 
@@ -234,7 +234,17 @@ def _starts(start: int, stop: int) -> list[int]:
     return sorted({round(v) for v in np.linspace(start, max(start, stop - _SAMPLE_PX), _SAMPLES)})
 
 
-def _refuse_implausible(sample_m: NDArray[np.float64], names: str, option: str) -> None:
+def refuse_implausible(sample_m: NDArray[np.float64], names: str, option: str) -> None:
+    """Refuse heights of which too many are higher than any tree.
+
+    Args:
+        sample_m: heights from all over, metres.
+        names: what to call them in messages.
+        option: what the user calls their unit, for messages.
+
+    Raises:
+        RasterError: more than `MAX_IMPLAUSIBLE_SHARE` are.
+    """
     if not sample_m.size:
         return
     share = float(np.mean(sample_m > MAX_HEIGHT_M))
@@ -272,10 +282,22 @@ def band_unit_m(raster: Raster, given: float | None = None, option: str = "heigh
         if not (math.isfinite(given) and given > 0):
             raise RasterError(f"{option} = {given} must be a finite number above 0; give metres per unit")
         return given
-    return _file_unit_m(raster.units[0], raster.grid.crs, raster.dtype, f"{raster.path}", option)
+    return unit_m_of(raster.units[0], raster.grid.crs, raster.dtype, f"{raster.path}", option)
 
 
-def _file_unit_m(tag: str | None, crs: CRS, dtype: str, name: str, option: str) -> float:
+def unit_m_of(tag: str | None, crs: CRS, dtype: str, name: str, option: str) -> float:
+    """Metres per unit of heights by the rule in the module's docstring.
+
+    Args:
+        tag: the band's unit.
+        crs: the CRS of the raster.
+        dtype: the data type of the values.
+        name: what to call the raster in messages.
+        option: what the user calls a unit that is given, for messages.
+
+    Raises:
+        RasterError: the unit is not known.
+    """
     if tag:
         if (known := _UNITS_M.get(tag.strip().lower())) is None:
             raise RasterError(f"{name}: unit {tag!r} of the values is not known; give {option}, 1 for metres")
