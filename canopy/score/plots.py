@@ -37,7 +37,7 @@ from canopy.tiler.heights import MAX_HEIGHT_M
 
 if TYPE_CHECKING:
     import geopandas
-    import pandas
+    import pandas as pd
 
 NO_PLACE: Final = "without a place"
 
@@ -163,7 +163,7 @@ def _read_table(path: Path, settings: PlotSettings) -> geopandas.GeoDataFrame:
         return table.set_crs(_crs(settings.crs))
     if settings.crs is not None and CRS.from_user_input(table.crs) != _crs(settings.crs):
         raise SourceError(
-            f"{path} is in {CRS.from_user_input(table.crs).name!r}, not in {settings.crs}; leave crs out, or correct the file"
+            f"{path} is in {CRS.from_user_input(table.crs).name!r}, not in {settings.crs}; leave crs out, or correct it"
         )
     return table
 
@@ -174,10 +174,7 @@ def _read_points(path: Path) -> geopandas.GeoDataFrame:
     from pyogrio.errors import DataLayerError, DataSourceError
 
     try:
-        if path.suffix.lower() in _PARQUET:
-            table = geopandas.read_parquet(path)
-        else:
-            table = geopandas.read_file(path)
+        table = geopandas.read_parquet(path) if path.suffix.lower() in _PARQUET else geopandas.read_file(path)
     except (DataSourceError, DataLayerError, ArrowException, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise SourceError(
@@ -231,14 +228,14 @@ def _crs(text: str) -> CRS:
 # --- columns -------------------------------------------------------------------------------------------------------------
 
 
-def _column(path: Path, table: pandas.DataFrame, name: str) -> pandas.Series:
+def _column(path: Path, table: pd.DataFrame, name: str) -> pd.Series:
     if name not in table.columns:
         names = [str(column) for column in table.columns if column != "geometry"]
         raise SourceError(f"{path} has no column {name!r}; {nearest(name, names)}")
     return table[name]
 
 
-def _numbers(path: Path, table: pandas.DataFrame, name: str) -> NDArray[np.float64]:
+def _numbers(path: Path, table: pd.DataFrame, name: str) -> NDArray[np.float64]:
     """A column of numbers, NaN where it is empty."""
     import pandas
 
@@ -269,7 +266,7 @@ def _refuse_impossible(path: Path, height_m: NDArray[np.float64], settings: Plot
         )
 
 
-def _radii_m(path: Path, table: pandas.DataFrame, settings: PlotSettings) -> NDArray[np.float64]:
+def _radii_m(path: Path, table: pd.DataFrame, settings: PlotSettings) -> NDArray[np.float64]:
     assert settings.radius_column is not None, "no column of radii"
     radius_m = _numbers(path, table, settings.radius_column) * settings.radius_unit_m
     wrong = np.flatnonzero(~((radius_m > 0) & (radius_m <= MAX_REACH_M)))
@@ -282,21 +279,21 @@ def _radii_m(path: Path, table: pandas.DataFrame, settings: PlotSettings) -> NDA
     return radius_m
 
 
-def _days(path: Path, table: pandas.DataFrame, name: str) -> NDArray[np.datetime64]:
+def _days(path: Path, table: pd.DataFrame, name: str) -> NDArray[np.datetime64]:
     """A column of days, NaT where it is empty."""
-    import pandas
+    import pandas as pd
 
     column = _column(path, table, name)
-    # A bare number could be a year, a day of a spreadsheet's calendar or seconds; pandas would take nanoseconds.
-    bad = column.notna() & pandas.to_numeric(column, errors="coerce").notna()
-    if not pandas.api.types.is_datetime64_any_dtype(column):
-        days = pandas.to_datetime(column.where(~bad), errors="coerce", format="ISO8601", utc=True)
+    if not pd.api.types.is_datetime64_any_dtype(column):
+        # A bare number could be a year, a day of a spreadsheet's calendar or seconds; pandas would take nanoseconds.
+        bad = pd.to_numeric(column, errors="coerce").notna()
+        days = pd.to_datetime(column.where(~bad), errors="coerce", format="ISO8601", utc=True)
         bad |= column.notna() & days.isna()
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             raise SourceError(
                 f"{path}: {name} of row {row + 1} is {column.iloc[row]!r}, not a day; write days as 2021-07-15"
             )
-    else:
-        days = pandas.to_datetime(column, utc=True)
-    return np.asarray(days.dt.tz_localize(None).to_numpy().astype("datetime64[D]"))
+        column = days
+    days = pd.to_datetime(column, utc=True).dt.tz_localize(None)
+    return np.asarray(days.to_numpy().astype("datetime64[D]"))
