@@ -9,8 +9,8 @@ that of all pixels within 7 m of its line.
 Segments in which no photon was classified as canopy have no height, not 0 m. So open ground is not in this reference, and a
 map that puts trees where there are none is not found out by it.
 
-The places are float32 degrees: off by up to 0.4 m at longitudes beyond 64 degrees and 0.8 m beyond 128. Geolocation itself is
-good to some 4 m.
+The places are float32 degrees: off by up to 0.4 m at longitudes beyond 64 degrees and 0.8 m beyond 128. The geolocation
+itself is good to some 4 m.
 """
 
 from __future__ import annotations

@@ -194,11 +194,11 @@ def _read_points(path: Path) -> geopandas.GeoDataFrame:
 
 def _read_csv(path: Path, settings: PlotSettings) -> geopandas.GeoDataFrame:
     import geopandas
-    import pandas
+    import pandas as pd
 
     try:
-        table = pandas.read_csv(path)
-    except (ValueError, OSError, pandas.errors.ParserError) as error:
+        table = pd.read_csv(path)
+    except (ValueError, OSError, pd.errors.ParserError) as error:
         raise SourceError(f"{path} cannot be read as CSV ({' '.join(str(error).split()):.200}); correct it") from error
     if not len(table):
         raise SourceError(f"{path} has no rows; give at least one plot")
@@ -237,12 +237,12 @@ def _column(path: Path, table: pd.DataFrame, name: str) -> pd.Series:
 
 def _numbers(path: Path, table: pd.DataFrame, name: str) -> NDArray[np.float64]:
     """A column of numbers, NaN where it is empty."""
-    import pandas
+    import pandas as pd
 
     column = _column(path, table, name)
-    numbers = pandas.to_numeric(column, errors="coerce")
+    numbers = pd.to_numeric(column, errors="coerce")
     bad = np.asarray(numbers.isna() & column.notna())
-    if pandas.api.types.is_bool_dtype(column) or bad.any():
+    if pd.api.types.is_bool_dtype(column) or bad.any():
         row = int(np.flatnonzero(bad)[0]) if bad.any() else 0
         raise SourceError(
             f"{path}: {name} of row {row + 1} is {column.iloc[row]!r}, not a number; correct it, or leave it empty"
