@@ -381,9 +381,9 @@ def sample_footprints(
 
 def _places(grid: Grid, shots: Shots, east_m: NDArray[np.float64], north_m: NDArray[np.float64]) -> _Places:
     x, y = Transformer.from_crs(shots.crs, grid.crs, always_xy=True).transform(shots.x, shots.y)
-    col, row = grid.pixel(np.asarray(x), np.asarray(y))
-    east_north = _ground_m(grid, col, row)
     with np.errstate(invalid="ignore", divide="ignore"):
+        col, row = grid.pixel(np.asarray(x), np.asarray(y))
+        east_north = _ground_m(grid, col, row)
         # From metres to pixels: the inverse of each 2 x 2 matrix, written out so that shots outside the CRS stay NaN.
         (a, b), (c, d) = east_north.transpose(1, 2, 0)
         inverse = np.array([[d, -b], [-c, a]]) / (a * d - b * c)
@@ -399,7 +399,7 @@ def _ground_m(grid: Grid, col: NDArray[np.float64], row: NDArray[np.float64]) ->
     """(shot, 2, 2): metres east and north on the ellipsoid for one pixel to the right and one down.
 
     By differences over two pixels, which holds for any CRS in any unit, and for grids that are turned; over the tens of
-    metres of a footprint no CRS is anything but linear.
+    metres of a footprint no CRS is anything but linear. Shots that the CRS does not reach become NaN, with NumPy's warnings.
     """
     geodetic = grid.crs.geodetic_crs
     assert geodetic is not None, f"CRS {grid.crs.name} has no geodetic CRS"
@@ -411,16 +411,15 @@ def _ground_m(grid: Grid, col: NDArray[np.float64], row: NDArray[np.float64]) ->
     squeeze = 1 - (minor / major) ** 2
 
     columns = []
-    with np.errstate(invalid="ignore"):
-        for dcol, drow in ((1.0, 0.0), (0.0, 1.0)):
-            lon0, lat0 = (np.asarray(v) * radians for v in to_degrees.transform(*grid.xy(col - dcol, row - drow)))
-            lon1, lat1 = (np.asarray(v) * radians for v in to_degrees.transform(*grid.xy(col + dcol, row + drow)))
-            lat = (lat0 + lat1) / 2
-            width = 1 - squeeze * np.sin(lat) ** 2
-            across = (lon1 - lon0 + np.pi) % (2 * np.pi) - np.pi  # the antimeridian is between two pixels
-            east = across / 2 * major / np.sqrt(width) * np.cos(lat)
-            north = (lat1 - lat0) / 2 * major * (1 - squeeze) / width**1.5
-            columns.append(np.stack([east, north], axis=1))
+    for dcol, drow in ((1.0, 0.0), (0.0, 1.0)):
+        lon0, lat0 = (np.asarray(v) * radians for v in to_degrees.transform(*grid.xy(col - dcol, row - drow)))
+        lon1, lat1 = (np.asarray(v) * radians for v in to_degrees.transform(*grid.xy(col + dcol, row + drow)))
+        lat = (lat0 + lat1) / 2
+        width = 1 - squeeze * np.sin(lat) ** 2
+        across = (lon1 - lon0 + np.pi) % (2 * np.pi) - np.pi  # the antimeridian is between two pixels
+        east = across / 2 * major / np.sqrt(width) * np.cos(lat)
+        north = (lat1 - lat0) / 2 * major * (1 - squeeze) / width**1.5
+        columns.append(np.stack([east, north], axis=1))
     return np.stack(columns, axis=2)
 
 
