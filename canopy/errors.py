@@ -70,3 +70,7 @@ class AuditError(CanopyError):
 
 class SealError(CanopyError):
     """A sealed task, its key and a submission that do not hold together."""
+
+
+class ScoreError(CanopyError):
+    """A map and a reference that cannot be compared, or must not be."""
