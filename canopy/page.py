@@ -96,11 +96,20 @@ def enlarge(values: NDArray[Any], side_px: int) -> NDArray[Any]:
 
 def photograph_uri(colours: NDArray[np.uint8]) -> str:
     """(row, col, 3) colours as the address of a JPEG that needs no file; for photographs, which make large PNGs."""
+    return _uri(colours, "jpeg", {"quality": 85})
+
+
+def pixels_uri(colours: NDArray[np.uint8]) -> str:
+    """(row, col, 3) colours as the address of a PNG that needs no file: for few pixels that the page enlarges."""
+    return _uri(colours, "png", {"optimize": True})
+
+
+def _uri(colours: NDArray[np.uint8], kind: str, options: dict[str, Any]) -> str:
     from matplotlib.image import imsave
 
     buffer = io.BytesIO()
-    imsave(buffer, np.ascontiguousarray(colours), format="jpeg", pil_kwargs={"quality": 85})
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    imsave(buffer, np.ascontiguousarray(colours), format=kind, pil_kwargs=options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # --- the page ------------------------------------------------------------------------------------------------------------

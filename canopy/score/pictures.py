@@ -100,6 +100,11 @@ class PlaceChip:
     around: float = 0.5
     """How far the pictures reach beyond the place, in sides of the place: 0.5 makes them twice as wide as the place."""
 
+    @property
+    def inset(self) -> float:
+        """How far inside the pictures the place begins, as a share of their side."""
+        return self.around / (1 + 2 * self.around)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pictures:
