@@ -32,6 +32,8 @@ UNKNOWN: Final = "#bdbdbd"
 BLUE: Final = "#0072B2"
 ORANGE: Final = "#D55E00"
 INK: Final = "#1b1f23"
+OUTER: Final = "#cfe3f1"
+INNER: Final = "#6aa8d2"
 
 STEPS_M: Final = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 25.0, 30.0, 40.0, 50.0, 60.0, 80.0, 100.0)
 """Where a scale of errors or heights may end."""
@@ -142,33 +144,41 @@ def residual_reach(residuals: Sequence[Residuals]) -> tuple[float, float]:
 
 
 def residual_figure(score: MapScore, *, reach_m: tuple[float, float], unit: str) -> Drawn:
-    """Median, quartiles and 5 % to 95 % of the error in every class of reference height that has pixels."""
+    """Median, quartiles and 5 % to 95 % of the error in every class of reference height, and how many are in it."""
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    figure, axes = plain_axes(4.2)
-    axes.grid(visible=False, axis="x")
-    axes.axhline(0, color=INK, linewidth=0.9)
-    small = 8.5 if len(score.residuals) <= 9 else 6.5
-    for at, each in enumerate(score.residuals):
-        axes.bar(at, each.q95_m - each.q05_m, 0.66, bottom=each.q05_m, color="#cfe3f1", edgecolor="#8fb9d6", linewidth=0.6)
-        axes.bar(at, each.q75_m - each.q25_m, 0.66, bottom=each.q25_m, color="#6aa8d2", linewidth=0)
-        axes.plot([at - 0.33, at + 0.33], [each.q50_m] * 2, color=INK, linewidth=1.8, solid_capstyle="butt")
-        axes.plot(at, each.mean_m, marker="D", markersize=5, color=ORANGE, markeredgecolor="white", markeredgewidth=0.7)
-        axes.annotate(
-            short(each.n), (at, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
-            ha="center", va="bottom", fontsize=small,
-        )  # fmt: skip
-    axes.set_xticks(
-        range(len(score.residuals)), [f"{each.low_m:g}–{each.high_m:g}" for each in score.residuals], fontsize=small
-    )
-    axes.set(xlim=(-0.6, max(len(score.residuals), 1) - 0.4), ylim=reach_m)
-    axes.set_xlabel(f"reference height (m); above: number of {unit}")
+    figure = Figure(figsize=(FIGURE_WIDTH_IN, 4.6), layout="constrained")
+    counts, axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 5))
+    plain(axes)
+    plain(counts)
+    axes.axhline(0, color=INK, linewidth=0.9, zorder=1.5)
+    for each in score.residuals:
+        middle, width = (each.low_m + each.high_m) / 2, each.high_m - each.low_m
+        inside = 0.9 * width
+        axes.bar(middle, each.q95_m - each.q05_m, inside, bottom=each.q05_m, color=OUTER, linewidth=0)
+        axes.bar(middle, each.q75_m - each.q25_m, inside, bottom=each.q25_m, color=INNER, linewidth=0)
+        axes.plot(
+            [middle - inside / 2, middle + inside / 2], [each.q50_m] * 2, color=INK, linewidth=1.8, solid_capstyle="butt"
+        )
+        axes.plot(
+            middle, each.mean_m, marker="D", markersize=4.2, color=ORANGE, markeredgecolor="white", markeredgewidth=0.6
+        )
+        counts.bar(middle, each.n, inside, color="#8c959f", linewidth=0)
+    counts.set_yscale("log")
+    counts.set_ylabel(unit)
+    counts.yaxis.set_major_formatter(lambda value, _: short(round(value)))
+    counts.tick_params(labelsize=8)
+    axes.set_ylim(reach_m)
+    if score.residuals:
+        axes.set_xlim(score.residuals[0].low_m, score.residuals[-1].high_m)
+    axes.set_xlabel("reference height (m)")
     axes.set_ylabel("map minus reference (m)")
     figure.legend(
         handles=[
-            Patch(facecolor="#cfe3f1", edgecolor="#8fb9d6", label="5 % to 95 %"),
-            Patch(color="#6aa8d2", label="25 % to 75 %"),
+            Patch(facecolor=OUTER, label="5 % to 95 %"),
+            Patch(facecolor=INNER, label="25 % to 75 %"),
             Line2D([], [], color=INK, linewidth=1.8, label="median"),
             Line2D([], [], color=ORANGE, marker="D", markersize=5, linestyle="", label="mean (bias)"),
         ],
@@ -184,7 +194,17 @@ def residual_figure(score: MapScore, *, reach_m: tuple[float, float], unit: str)
 # --- intervals -----------------------------------------------------------------------------------------------------------
 
 
-def coverage_figure(name: str, intervals: Intervals) -> Drawn:
+def coverage_floor(several: Sequence[Intervals]) -> float:
+    """Where the axis of coverage of all of these begins, per cent."""
+    low = min((100 * intervals.nominal - 10 for intervals in several), default=0.0)
+    for intervals in several:
+        for each in (*intervals.by_predicted_height, *intervals.by_reference_height):
+            for value in (each.coverage.value, *(each.coverage.interval_95 or ())):
+                low = low if value is None else min(low, 100 * value)
+    return max(0.0, 5 * math.floor((low - 2) / 5))
+
+
+def coverage_figure(name: str, intervals: Intervals, *, floor: float) -> Drawn:
     """How many references the 90 % intervals hold, class by class of height, against how many they promise to hold."""
     figure, axes = plain_axes(4.2)
     axes.grid(visible=False, axis="x")
@@ -194,7 +214,6 @@ def coverage_figure(name: str, intervals: Intervals) -> Drawn:
     low = 100 * intervals.nominal
     axes.axhspan(low - 5, min(low + 5, 100), color="#eef1f3", zorder=0)
     axes.axhline(low, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), label=f"promised: {low:g} %")
-    lowest = low - 10
     for classes, offset, colour, marker, face, label in (
         (predicted, -0.12 if both else 0.0, BLUE, "o", BLUE, "by height in the map"),
         (referred if both else (), 0.12, ORANGE, "s", "white", "by height in the reference"),
@@ -206,14 +225,11 @@ def coverage_figure(name: str, intervals: Intervals) -> Drawn:
             if each.coverage.interval_95 is not None:
                 ends = [100 * end for end in each.coverage.interval_95]
                 axes.plot([at + offset] * 2, ends, color=colour, linewidth=1.6, zorder=2)
-                lowest = min(lowest, ends[0])
         shares = [100 * _known(each.coverage.value) for _, each in known]
-        lowest = min(lowest, *shares)
         axes.plot(
             [at + offset for at, _ in known], shares, linestyle="", marker=marker, markersize=7, color=colour,
             markerfacecolor=face, markeredgewidth=1.5, label=label, zorder=3,
         )  # fmt: skip
-    floor = max(0.0, 5 * math.floor((lowest - 3) / 5))
     for at, each in enumerate(predicted):
         axes.annotate(
             short(each.n), (at, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
@@ -309,7 +325,8 @@ def error_map_figure(
         axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=INK, linewidth=1.1))
         axes.annotate(
             str(number), (x + width / 2, y + height), xytext=(0, 1), textcoords="offset points", fontsize=8.5, ha="center",
-            va="bottom", fontweight="bold", bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+            va="bottom", fontweight="bold",
+            bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         )  # fmt: skip
     axes.set(xlim=(0, width_m), ylim=(-height_m, 0), xticks=[], yticks=[])
     axes.spines[["top", "right", "bottom", "left"]].set_visible(True)
@@ -367,7 +384,7 @@ def _map_axes(shape: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(
-        figsize=(FIGURE_WIDTH_IN, 0.9 + min(max(shape, 0.35), 1.2) * (FIGURE_WIDTH_IN - 1.1)), layout="constrained"
+        figsize=(FIGURE_WIDTH_IN, 0.55 + min(max(shape, 0.35), 1.2) * (FIGURE_WIDTH_IN - 1.25)), layout="constrained"
     )
     axes = figure.subplots()
     plain(axes)
@@ -376,7 +393,7 @@ def _map_axes(shape: float) -> tuple[Figure, Axes]:
 
 
 def _colour_bar(figure: Figure, axes: Axes, shown: Any) -> None:
-    figure.colorbar(shown, ax=axes, label="map minus reference (m)", extend="both", shrink=0.9, pad=0.02, aspect=28)
+    figure.colorbar(shown, ax=axes, label="map minus reference (m)", extend="both", extendfrac=0.03, pad=0.02, aspect=30)
 
 
 def _bar_and_north(axes: Axes, width_m: float) -> None:

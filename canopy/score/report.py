@@ -1,12 +1,14 @@
 """A score as one page: `report.html`, with its figures inside, for people who decide whether to trust a map.
 
 Every number on it is one of the `ScoreResult`; nothing is computed here but how it is written down. Every table says what
-its heights mean, on which pixels they are compared, what is masked, and that the error is the map minus the reference. Something
-is claimed only where the 95 % interval allows it, and a result of leaked ground or of an uncalibrated map says so first.
+its heights mean, on which pixels they are compared, what is masked, and that the error is the map minus the reference.
+Something is claimed only where the 95 % interval allows it, and a result of leaked ground or of an uncalibrated map says so
+first.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from canopy.score.figures import (
     ErrorScale,
     Picture,
     coverage_figure,
+    coverage_floor,
     error_map_figure,
     error_scale,
     place_pictures,
@@ -119,6 +122,7 @@ def report_page(result: ScoreResult, pictures: Pictures | None = None) -> str:
         span=span,
         pretty=pretty,
         plainly=str,
+        degrees=degrees,
         day=_day,
     )
 
@@ -172,6 +176,11 @@ def some(names: Sequence[str], most: int = LISTED) -> str:
     """Names with commas; what is left out is counted."""
     left = len(names) - most
     return ", ".join(names[:most]) + (f" and {count(left)} more" if left > 0 else "")
+
+
+def degrees(value: float, letters: str) -> str:
+    """A longitude or latitude to about a metre; `letters` are those of positive and negative values."""
+    return f"{abs(value):.5f}°\u00a0{letters[value < 0]}"
 
 
 def _day(text: str) -> str:
@@ -233,6 +242,7 @@ def _part(number: int, comparison: Comparison, infos: dict[str, MapInfo], pictur
     errors = [picture.error_m for picture in maps.values() if picture is not None]
     errors += [np.array([shot.map_m - shot.reference_m for shot in score.shots]) for score in comparison.maps if score.shots]
     scale, reach_m = error_scale(errors), residual_reach([each for score in comparison.maps for each in score.residuals])
+    floor = coverage_floor([score.intervals for score in comparison.maps if score.intervals is not None])
     top_m = scatter_top([score.scatter for score in comparison.maps])
     heights_m = [
         each[np.isfinite(each)]
@@ -258,7 +268,7 @@ def _part(number: int, comparison: Comparison, infos: dict[str, MapInfo], pictur
         kinds.setdefault("scatter", []).append(drawn)
         kinds.setdefault("residuals", []).append(residual_figure(score, reach_m=reach_m, unit=unit))
         if intervals is not None:
-            kinds.setdefault("coverage", []).append(coverage_figure(score.name, intervals))
+            kinds.setdefault("coverage", []).append(coverage_figure(score.name, intervals, floor=floor))
             stated = stated_figure(score.name, intervals.by_stated_error)
             if stated is not None:
                 kinds.setdefault("stated", []).append(stated)
@@ -363,11 +373,11 @@ def _summary(score: MapScore, info: MapInfo, comparison: Comparison, unit: str) 
     measures = score.measures
     where = f" of {comparison.grid.gsd_m:g} m" if comparison.grid is not None else ""
     if not measures.n:
-        return (f"No {unit} could be compared, so nothing can be said of {score.name}.",)
+        return (f"No {unit} could be compared, so nothing can be said of “{score.name}”.",)
     squares = "one square" if measures.squares == 1 else f"{count(measures.squares)} squares"
     kind = "map" if info.kind == "canopy map" else info.kind
     on = f"{count(measures.n)} {unit}{where} in {squares} of ground"
-    said = [f"The {kind} {score.name} was compared with {comparison.reference.name} on {on}."]
+    said = [f"The {kind} “{score.name}” was compared with {comparison.reference.name} on {on}."]
     if score.n_missing:
         said.append(f"It has no height at {count(score.n_missing)} more {unit} that have a reference.")
     said += [_bias_said(measures.bias_m), _error_said(score)]
@@ -375,7 +385,12 @@ def _summary(score: MapScore, info: MapInfo, comparison: Comparison, unit: str) 
         said += _held(score.intervals, unit)
     if measures.mae_m.interval_95 is None:
         said.append("How sure these numbers are cannot be said: intervals need at least two squares of ground.")
-    return tuple(said)
+    return tuple(_unbroken(sentence) for sentence in said)
+
+
+def _unbroken(sentence: str) -> str:
+    """A sentence in which no line ends between a number and its unit."""
+    return re.sub(r"(?<=\d) (?=(m|%)(?![\w]))", "\u00a0", sentence)
 
 
 def _bias_said(bias: Estimate) -> str:
@@ -431,7 +446,11 @@ def _off(coverage: Estimate, promised: float, tolerance: float) -> int:
 
 def verdict(difference: Difference) -> str:
     """Which of two maps is better, claimed only where the interval of the difference excludes 0."""
-    first, other, mae = difference.first, difference.other, difference.mae_m
+    return _unbroken(_verdict(difference))
+
+
+def _verdict(difference: Difference) -> str:
+    first, other, mae = f"“{difference.first}”", f"“{difference.other}”", difference.mae_m
     if mae.value is None:
         return f"{first} and {other} cannot be compared: they have no pixels in common."
     size = f"{metres(abs(mae.value))} m"
