@@ -277,6 +277,46 @@ def train(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[list[str], typer.Argument(help="Model folder or name; of several the heights are averaged.")],
+    *,
+    tiles: Annotated[list[Path], typer.Option(help="Tile set on ground that no model was trained on; may be repeated.")],
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="Split whose chips calibrate, may be repeated; default: all, of the model's own sets val only."),
+    ] = None,
+    tta: Annotated[
+        str, typer.Option(help="Test-time augmentation that maps will be made with: none, flips or d4.")
+    ] = "none",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File for the tables (JSON), for canopy map --calibration; default: the model folder."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")] = "cpu",
+    allow_leak: Annotated[bool, typer.Option("--allow-leak", help="Calibrate on training ground as well.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Fit what turns a model's spread into 90 % intervals, on ground with known heights.
+
+    Example: canopy calibrate models/my-model --tiles tiles/other-sites
+    """
+    from canopy.mosaicker.calibrate import calibrate_models, keep_tables
+
+    with _progress() as progress:
+        result = calibrate_models(
+            model, tiles, splits=split, tta=tta, device=device, allow_leak=allow_leak, progress=progress
+        )
+    kept = keep_tables(result, model, out=out, overwrite=overwrite)
+    if as_json:
+        _print_json({"kept": str(kept), **result.as_json()})
+        return
+    for line in result.lines():
+        typer.echo(line)
+    typer.echo(f"{kept}")
+
+
+@app.command()
 def search(
     source: Annotated[str, typer.Argument(help="Source by name (naip, sentinel-2-l2a, 3dep) or path of its TOML.")],
     aoi: Annotated[Path | None, typer.Argument(help="Area of interest (GeoJSON, GeoPackage, GeoParquet).")] = None,
@@ -353,6 +393,9 @@ def map_(
     tta: Annotated[
         str, typer.Option(help="Show each window as it is (none), mirrored too (flips, 4 times the work) or in all (d4, 8).")
     ] = "none",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Tables of these models and --tta, made by canopy calibrate --out.")
+    ] = None,
     sheet_size: Annotated[int | None, typer.Option(help="Side of the working sheets in pixels; changes no pixel.")] = None,
     max_file_size: Annotated[
         int | None, typer.Option(help="Longest side of a map in one file, in pixels; a larger one is a file a sheet.")
@@ -386,7 +429,7 @@ def map_(
     area, source = _area(aoi, bbox, place), imagery_source(imagery, cache)
     settings: dict[str, Any] = {
         "imagery": source, "model": model or "canopy-sample", "gsd_m": gsd, "crs": crs, "bands": _band_list(bands),
-        "tta": tta, "sheet_px": SHEET_PX if sheet_size is None else sheet_size,
+        "tta": tta, "calibration": calibration, "sheet_px": SHEET_PX if sheet_size is None else sheet_size,
         "max_file_px": MAX_FILE_PX if max_file_size is None else max_file_size, "device": device, "precision": precision,
         "compile": compile_first, "batch": batch, "cluster": cluster, "workers": workers,
     }  # fmt: skip

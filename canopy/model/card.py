@@ -5,13 +5,28 @@ Nothing else goes into it, so a card can be made again from the files of a model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from canopy.metrics import RESAMPLED_M
-from canopy.model.package import Contract, read_contract
-from canopy.model.scores import LEAST_BLOCKS, ClassFigures, Figures, How, Interval, Metrics, Score, read_metrics
+from canopy.model.blocks import BlockTable
+from canopy.model.package import CARD, Contract, read_contract
+from canopy.model.scores import FILE as METRICS
+from canopy.model.scores import (
+    LEAST_BLOCKS,
+    ClassFigures,
+    Figures,
+    How,
+    Interval,
+    Metrics,
+    Score,
+    SiteCoverage,
+    metrics_text,
+    read_metrics,
+)
+from canopy.textfile import write_text
 
 SERIOUS_BIAS_M = 5.0
 """A class of heights that is off by more than this on average is named among the limits."""
@@ -39,7 +54,7 @@ def card(contract: Contract, metrics: Metrics) -> str:
         ["## Scores", "", *_scores(metrics)],
         ["## Next to the random forest", "", *_next_to_forest(metrics)],
         ["## By class of true height", "", *_classes(metrics)],
-        ["## Intervals", "", *_intervals(contract, metrics)],
+        ["## Intervals", "", *_intervals(contract, metrics.coverage, _predicted(metrics))],
         ["## Not for", "", *(f"- {line}" for line in _limits(contract, metrics))],
     )
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
@@ -52,6 +67,32 @@ def card_of(folder: Path) -> str:
         ContractError: one of the two is missing or wrong.
     """
     return card(read_contract(folder), read_metrics(folder))
+
+
+def rewrite_card(folder: Path, coverage: Sequence[SiteCoverage]) -> None:
+    """Make the card of a model folder agree with its contract after a new calibration.
+
+    A model that was scored here has its metrics file brought up to date, and its card made again; in any other card the
+    section on intervals is replaced, or added.
+
+    Args:
+        folder: The model folder, its contract up to date.
+        coverage: What the new intervals held, site by site.
+
+    Raises:
+        ContractError: its metrics file is not one that this version reads.
+        OutputError: the files cannot be written.
+    """
+    contract, path = read_contract(folder), folder / CARD
+    if (folder / METRICS).is_file():
+        metrics = read_metrics(folder).model_copy(update={"coverage": tuple(coverage)})
+        write_text(folder / METRICS, metrics_text(metrics))
+        write_text(path, card(contract, metrics))
+        return
+    sections = re.split(r"^(?=## )", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    kept = [section.rstrip() for section in sections if not re.match(r"## (Scores and i|I)ntervals\n", section)]
+    new = ["## Intervals", "", *_intervals(contract, coverage, "on chips that the model was not trained on.")]
+    write_text(path, "\n\n".join([*kept, "\n".join(new)]) + "\n")
 
 
 def _about(contract: Contract, metrics: Metrics) -> list[str]:
@@ -178,25 +219,28 @@ def _class(figures: ClassFigures) -> str:
 # --- intervals -----------------------------------------------------------------------------------------------------------
 
 
-def _intervals(contract: Contract, metrics: Metrics) -> list[str]:
+def _predicted(metrics: Metrics) -> str:
+    new = "on predictions for sites that were new to the model that made them."
+    return new if metrics.folds else "on chips held out of training."
+
+
+def _intervals(contract: Contract, coverage: Sequence[SiteCoverage], predicted: str) -> list[str]:
     table = contract.calibration
     if table is None:
         return ["Not calibrated: maps say so, and give no interval."]
     lines = [
         f"Split-conformal intervals, made to hold {table.nominal:.0%} of the true heights.",
         f"Fitted with equal weight for each of {_list(table.sites)},",
-        "on predictions for sites that were new to the model that made them."
-        if metrics.folds
-        else "on chips held out of training.",
+        predicted,
     ]
-    if not metrics.coverage:
+    if not coverage:
         return [*lines, "Their coverage could not be measured: nothing else was held out."]
     lines += ["", "Measured only where the table was not fitted:", ""]
     lines += _table(
         ("site", "", "pixels", "coverage", "mean width m"),
         [
             (c.site, c.how, str(c.n), "-" if c.coverage is None else f"{c.coverage:.1%}", _number(c.mean_width_m))
-            for c in metrics.coverage
+            for c in coverage
         ],
     )
     lines += ["", "By class of predicted height:", ""]
@@ -214,7 +258,31 @@ def _intervals(contract: Contract, metrics: Metrics) -> list[str]:
             for k, label in enumerate(labels)
         ],
     )
-    return lines
+    return [*lines, *_means(contract.blocks)]
+
+
+def _means(blocks: BlockTable | None) -> list[str]:
+    """How wrong means over ground are."""
+    if blocks is None:
+        return ["", "How wrong means over areas are could not be measured: too few squares of ground were held out."]
+    held = blocks.measured
+    share = ["-"] * len(blocks.sides_m) if held is None else [
+        f"{held.by_class[k]:.1%} of {n}" if n else "-" for k, n in enumerate(held.pixels)
+    ]  # fmt: skip
+    return [
+        "",
+        "Of the mean height over a square of ground, in mean half-widths of the intervals of its pixels:",
+        "",
+        *_table(
+            ("side", "down", "up", "fitted on squares", "coverage, sites left out in turn"),
+            [
+                (f"{side_m:g} m", f"{down:.2f}", f"{up:.2f}", str(n), found)
+                for side_m, down, up, n, found in zip(
+                    blocks.sides_m, blocks.lower_factor, blocks.upper_factor, blocks.blocks, share, strict=True
+                )
+            ],
+        ),
+    ]
 
 
 # --- limits --------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from canopy.model.calibration import CalibrationTable
 from canopy.model.distribution import HeightDistribution
 from canopy.model.network import HeightNetwork, NetworkConfig, weights_to_come
 from canopy.settings import read_settings
+from canopy.textfile import write_text
 
 CONTRACT, WEIGHTS, CARD, FIXTURE = FILES = ("model.toml", "weights.safetensors", "card.md", "fixture.safetensors")
 
@@ -555,6 +556,18 @@ def save_model(
         for name in (WEIGHTS, FIXTURE):  # safetensors makes files that only their owner may read
             (stage / name).chmod((stage / CARD).stat().st_mode)
     return folder
+
+
+def update_contract(folder: Path, contract: Contract, **changes: Any) -> Contract:
+    """The contract of a model folder with some fields changed, checked and written, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    # Through the validator: `model_copy` trusts what it is given.
+    changed = Contract.model_validate(contract.model_copy(update=changes).model_dump())
+    write_text(folder / CONTRACT, tomli_w.dumps(changed.model_dump(exclude_none=True)))
+    return changed
 
 
 def _stored(value: Tensor, storage: torch.dtype) -> Tensor:

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from canopy.errors import ContractError
-from canopy.model.blocks import BlockTable
 from canopy.model.calibration import CalibrationTable
 from canopy.model.package import Contract, HeightModel, find_model, load_model
-from canopy.model.tables import Calibrated
+from canopy.model.tables import Calibrated, Member
 
 Tta = Literal["none", "flips", "d4"]
 """How a window is shown to a model: as it is; mirrored about either axis and both, 4 in all; or in all 8 symmetries of the
@@ -170,10 +169,18 @@ class Ensemble:
         """How many spreads the 90 % interval reaches; None: not known, see `uncalibrated`."""
         return self.contract.calibration
 
-    @property
-    def blocks(self) -> BlockTable | None:
-        """How wrong means over ground are; None: not known."""
-        return self.contract.blocks
+    @cached_property
+    def tables(self) -> Calibrated | None:
+        """What turns spreads into intervals, of pixels and of means over ground; None: not known, see `uncalibrated`."""
+        if self.given is not None or self.calibration is None:
+            return self.given
+        members = [
+            Member(name=m.contract.name, version=m.contract.version, weights_sha256=m.contract.weights_sha256)
+            for m in self.models
+        ]
+        return Calibrated(
+            members=tuple(members), tta=self.tta, tile_sets={}, pixels=self.calibration, blocks=self.contract.blocks
+        )
 
     @property
     def uncalibrated(self) -> str | None:

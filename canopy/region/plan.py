@@ -120,7 +120,7 @@ class Plan(Value):
     models: tuple[PlannedModel, ...]
     tta: str
     calibration: Calibrated | None
-    """Tables in place of the models' own."""
+    """What turns spreads into intervals; None: the maps are uncalibrated, and say so."""
     device: str
     precision: str
     compiled: bool
@@ -356,7 +356,7 @@ def plan_region(
         area=None if wanted is None else PlannedArea.of(wanted),
         models=tuple(PlannedModel.of(folder) for folder in folders),
         tta=ensemble.tta,
-        calibration=ensemble.given,
+        calibration=ensemble.tables,
         device=device,
         precision=precision,
         compiled=compiled,

@@ -53,6 +53,7 @@ def run_record(
         ],
         "tta": plan.tta,
         "calibration": plan.tags["CANOPY_CALIBRATION"],
+        "intervals": None if plan.calibration is None else plan.calibration.model_dump(mode="json"),
         "map": {
             "crs": plan.crs, "crs_chosen": plan.crs_chosen, "gsd_m": plan.gsd_m, "shape": [rows, cols],
             "extent_km2": pixels * plan.gsd_m**2 / 1e6, "sheets": len(plan.sheets), "one_file": plan.one_file,
