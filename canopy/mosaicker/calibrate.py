@@ -1,5 +1,6 @@
-"""`canopy calibrate`: what a model, or several, or one shown windows in several turns, say of ground with known heights that
-none of them was trained on, and the tables that turn their spread into intervals that hold.
+"""What models say of ground with known heights that none of them was trained on, and the tables made from it.
+
+The tables turn the spread of a model, of several, or of one that is shown windows in several turns into intervals.
 """
 
 from __future__ import annotations
