@@ -205,7 +205,7 @@ class Raster:
             crs = crs_if_none
         if crs_if_none is not None and crs != crs_if_none:
             raise RasterError(
-                f"{self.path} has the CRS {crs.name!r}, not {crs_if_none.name!r}; leave it as it is, or correct the file: "
+                f"{self.path} has the CRS {crs.name!r}, not {crs_if_none.name!r} as given; give none, or correct the file: "
                 f"rio edit-info --crs {crs_if_none.to_string()} {self.path.name}"
             )
         if self._dataset.transform.is_identity:

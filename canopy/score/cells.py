@@ -154,6 +154,16 @@ class HeightRasters:
         """Side of the coarsest pixels, metres."""
         return max(file.gsd_m for file in self.files)
 
+    @property
+    def unit_m(self) -> float:
+        """Metres per unit of the values of the first file, its scale included."""
+        return self._metres[self.files[0].path][0]
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether a value of 0 is 0 m in all files."""
+        return all(offset == 0 for _, offset in self._metres.values())
+
     def own_cells(self) -> Cells | None:
         """The pixels as cells; None where they are not square, north up and in metres, or not all of one grid."""
         layer = self._layers[0]

@@ -77,7 +77,7 @@ class MapInfo(_Value):
     lineage: Literal["known", "unknown"]
     """Whether it is known what trained it; where it is unknown, a leak cannot be excluded."""
     gsd_m: PositiveFloat
-    """Side of its pixels; of pixels in degrees the geometric mean of their sides, at the middle of what was compared."""
+    """The longer side of its pixels on the ground."""
     crs: str
     date: str | None
     """Day or span of days of its imagery as ISO text; None where it is unknown."""
@@ -115,9 +115,9 @@ class ReferenceInfo(_Value):
     mask: str
     """Which of its pixels or shots count."""
     n_refused: NonNegativeInt = 0
-    """Pixels that hold no possible height (below -2 m or above 120 m) and are unknown."""
+    """Cells of the comparison with a pixel that holds no possible height (below -2 m or above 120 m) and is unknown."""
     n_negative: NonNegativeInt = 0
-    """Pixels between -2 m and 0 m, taken as 0 m."""
+    """Cells with a pixel between -2 m and 0 m, which counts as 0 m."""
     licence: str | None = None
 
 
@@ -416,6 +416,8 @@ class Comparison(_Value):
     """Which pixels count, in one line."""
     n_reference: NonNegativeInt
     """Pixels (or shots) with a reference where the first map could be."""
+    square_m: PositiveFloat | None = None
+    """Side of the squares of ground from which the intervals were drawn."""
     maps: Annotated[tuple[MapScore, ...], Field(min_length=1)]
     differences: tuple[Difference, ...] = ()
     land_cover: str | None = None

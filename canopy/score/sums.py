@@ -199,6 +199,11 @@ class MapSums:
         """Side of the squares, metres."""
         return self.cut.side_px * self.cut.gsd_m * (1 << self.level)
 
+    @property
+    def too_many(self) -> bool:
+        """Whether there are more squares than are kept apart."""
+        return len(self.heights) > MOST_SQUARES
+
     def coarsen(self) -> None:
         """Put squares together four by four, everywhere."""
         self.level += 1
