@@ -49,13 +49,10 @@ def built(folder, name, seeds):
 
 def voronoi_cells(rng, count):
     """Cells of random points, clipped to the site: polygons (col, row) in pixels of all sizes and shapes."""
-    points = rng.uniform(0, SIZE_PX, (count, 2))
-    mirrored = [points, *(points * sign + shift for sign, shift in (((-1, 1), (0, 0)), ((1, -1), (0, 0))))]
-    mirrored += [
-        np.stack([2 * SIZE_PX - points[:, 0], points[:, 1]], 1),
-        np.stack([points[:, 0], 2 * SIZE_PX - points[:, 1]], 1),
-    ]
-    cells = Voronoi(np.concatenate(mirrored))
+    x, y = rng.uniform(0, SIZE_PX, (2, count))
+    # Mirrored in all four edges, whose cells then end there.
+    x, y = np.concatenate([x, -x, 2 * SIZE_PX - x, x, x]), np.concatenate([y, y, y, -y, 2 * SIZE_PX - y])
+    cells = Voronoi(np.stack([x, y], axis=1))
     return [shapely.Polygon(cells.vertices[cells.regions[cells.point_region[k]]]) for k in range(count)]
 
 
