@@ -245,7 +245,7 @@ def _numbers(path: Path, table: pd.DataFrame, name: str) -> NDArray[np.float64]:
     if pd.api.types.is_bool_dtype(column) or bad.any():
         row = int(np.flatnonzero(bad)[0]) if bad.any() else 0
         raise SourceError(
-            f"{path}: {name} of row {row + 1} is {column.iloc[row]!r}, not a number; correct it, or leave it empty"
+            f"{path}: {name} of row {row + 1} is {str(column.iloc[row])!r}, not a number; correct it, or leave it empty"
         )
     values: NDArray[Any] = numbers.to_numpy(dtype=np.float64, na_value=np.nan)
     if np.isinf(values).any():
@@ -258,10 +258,9 @@ def _refuse_impossible(path: Path, height_m: NDArray[np.float64], settings: Plot
         wrong = np.flatnonzero((height_m < 0) | (height_m > MAX_HEIGHT_M))
     if wrong.size:
         row = int(wrong[0])
-        given = height_m[row] / settings.height_unit_m
-        remedy = "leave unknown heights empty" if given < 0 else "heights in feet need height_unit_m = 0.3048"
+        remedy = "leave unknown heights empty" if height_m[row] < 0 else "heights in feet need height_unit_m = 0.3048"
         raise SourceError(
-            f"{path}: {settings.height_column} of row {row + 1} is {given:g}, {height_m[row]:g} m, and trees have 0 m to "
+            f"{path}: {settings.height_column} of row {row + 1} is {height_m[row]:g} m, and trees have 0 m to "
             f"{MAX_HEIGHT_M:g} m; {remedy}"
         )
 
@@ -292,7 +291,7 @@ def _days(path: Path, table: pd.DataFrame, name: str) -> NDArray[np.datetime64]:
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             raise SourceError(
-                f"{path}: {name} of row {row + 1} is {column.iloc[row]!r}, not a day; write days as 2021-07-15"
+                f"{path}: {name} of row {row + 1} is {str(column.iloc[row])!r}, not a day; write days as 2021-07-15"
             )
         column = days
     days = pd.to_datetime(column, utc=True).dt.tz_localize(None)

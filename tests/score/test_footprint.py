@@ -314,10 +314,10 @@ def test_sheets_as_a_vrt_are_one_map(tmp_path):
 
 def test_a_shot_does_not_depend_on_the_others(tmp_path):
     """Read alone or among others, across the borders of tiles: the same numbers, in the order of the shots."""
-    grid = LATTICE.grid(Box(-4_900_000, 500_000, -4_898_800, 501_200))
+    grid = LATTICE.grid(Box(-4_900_000, 500_000, -4_899_800, 501_200))
     path = write(tmp_path / "map.tif", rough(grid.shape), grid)
     rng = np.random.default_rng(5)
-    row, col = np.concatenate([rng.uniform(-20, 1220, (2, 60)), [[1023.5, 1024.2], [1024.0, 1023.1]]], axis=1)
+    row, col = rng.uniform(-20, 220, 60), np.r_[rng.uniform(-20, 1220, 58), 1023.5, 1024.2]
     shots = shots_at(*grid.xy(col, row))
     together = sample_footprints(path, shots)
     for k in range(0, len(shots), 7):
