@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import platform
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from canopy import __version__
+from canopy.errors import CanopyError
 from canopy.mosaicker.stages import Rate, Stages
+from canopy.region.plan import PlannedModel
 from canopy.region.records import Stage, Work
 
 
@@ -47,10 +50,7 @@ def run_record(
         "started": started.isoformat(timespec="seconds"),
         "plan": {"identity": plan.identity, "sheets_found_done": len(plan.sheets) - fresh},
         "imagery": {**plan.imagery.told, "bands": plan.bands, "resampling": plan.resampled},
-        "models": [
-            {"name": model.name, "version": model.version, "weights_sha256": model.weights_sha256, "folder": model.folder}
-            for model in plan.models
-        ],
+        "models": [_told(model) for model in plan.models],
         "tta": plan.tta,
         "calibration": plan.tags["CANOPY_CALIBRATION"],
         "intervals": None if plan.calibration is None else plan.calibration.model_dump(mode="json"),
@@ -67,3 +67,23 @@ def run_record(
             "rasterio": rasterio.__version__, "gdal": rasterio.__gdal_version__,
         },
     }  # fmt: skip
+
+
+def _told(model: PlannedModel) -> dict[str, Any]:
+    """A model and what trained it, so that nobody scores the map on that ground without knowing.
+
+    The training is left out where the model's folder is no longer the one that made the map: then it is not known here.
+    """
+    from canopy.model.package import read_contract
+
+    told: dict[str, Any] = {
+        "name": model.name, "version": model.version, "weights_sha256": model.weights_sha256, "folder": model.folder,
+    }  # fmt: skip
+    try:
+        contract = read_contract(Path(model.folder))
+    except CanopyError:
+        return told
+    if contract.weights_sha256 == model.weights_sha256:
+        training = contract.training.model_dump(mode="json", include={"sites", "footprints_deg", "tile_sets"})
+        told |= {"licence": contract.licence, "training": training}
+    return told

@@ -180,7 +180,7 @@ class HeightRasters:
         """
         found = []
         for file in self.files:
-            box = cells.covering(_bounds_in(file.grid, cells.crs, str(file.path)))
+            box = cells.covering(bounds_in(file.grid, cells.crs, str(file.path)))
             assert box is not None, f"{file.path} covers nothing"
             found.append(box)
         return found
@@ -330,13 +330,13 @@ def _nearest_pixel(layer: _Layer, grid: Grid) -> tuple[int, int]:
 
 def _around(layer: _Layer, grid: Grid) -> Box:
     """The pixels that the grid touches and two more on each side."""
-    left, bottom, right, top = _bounds_in(grid, layer.crs, "the comparison's cells")
+    left, bottom, right, top = bounds_in(grid, layer.crs, "the comparison's cells")
     corners = [(~layer.grid.transform) @ (x, y) for x in (left, right) for y in (bottom, top)]
     cols, rows = zip(*corners, strict=True)
     return Box(math.floor(min(rows)) - 2, math.floor(min(cols)) - 2, math.ceil(max(rows)) + 2, math.ceil(max(cols)) + 2)
 
 
-def _bounds_in(grid: Grid, crs: CRS, name: str) -> tuple[float, float, float, float]:
+def bounds_in(grid: Grid, crs: CRS, name: str) -> tuple[float, float, float, float]:
     """(left, bottom, right, top) of a grid in another CRS."""
     if grid.crs == crs:
         return grid.bounds

@@ -308,16 +308,6 @@ class Residuals(_Value):
     q95_m: float
 
 
-class ChipWindow(_Value):
-    """Where a picture of a place can be read."""
-
-    path: str
-    row: int
-    col: int
-    shape: tuple[PositiveInt, PositiveInt]
-    """(rows, columns) of the file; the window may hang over its edges."""
-
-
 class Place(_Value):
     """A square of ground, with how wrong the map is in it."""
 
@@ -330,9 +320,6 @@ class Place(_Value):
     mean_error_m: float
     map_mean_m: float
     reference_mean_m: float
-    chips: tuple[ChipWindow, ...] = ()
-    """The place and as much again around it: in the map's file, in the reference's and, where known, in the imagery's, in
-    this order."""
 
 
 class Shot(_Value):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -175,6 +175,39 @@ def read_polygons(path: Path, name: str | None = None) -> Polygons:
         f"{path.name}, by {'the number of the row' if name is None else f'column {name}'}; a cell counts where its centre is"
     )
     return Polygons(path=path, frame=joined.geometry, names=tuple(str(label) for label in joined.index), said=said)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strata:
+    """Parts of the ground to score apart."""
+
+    land_cover: Path | None = None
+    """Raster of classes."""
+    land_cover_names: Path | None = None
+    """TOML file with their names."""
+    polygons: Path | None = None
+    """Vector file."""
+    polygon_name: str | None = None
+    """Its column of names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OpenStrata:
+    """Land cover and polygons whose cells can be told."""
+
+    land_cover: LandCover | None
+    polygons: Polygons | None
+
+
+@contextmanager
+def open_strata(given: Strata) -> Iterator[OpenStrata]:
+    """Open what is given; raises as `open_land_cover` and `read_polygons`."""
+    with ExitStack() as stack:
+        cover = given.land_cover
+        yield OpenStrata(
+            land_cover=None if cover is None else stack.enter_context(open_land_cover(cover, given.land_cover_names)),
+            polygons=None if given.polygons is None else read_polygons(given.polygons, given.polygon_name),
+        )
 
 
 def check_classes(path: Path, numbers: Sequence[int]) -> None:
