@@ -523,6 +523,83 @@ def _show_map(result: Any, *, as_json: bool) -> None:
     typer.echo(f"{took['wall_s']:.1f} s ({stages}); {took['km2_per_h']:.1f} km²/h, bound by {took['bound_by']}")
 
 
+@app.command()
+def score(
+    tested: Annotated[
+        str, typer.Argument(metavar="MAP", help="Output folder of canopy map, or a height raster of any product.")
+    ],
+    *,
+    reference: Annotated[
+        list[Path] | None, typer.Option(help="Lidar canopy heights: raster, folder or quoted pattern; may be repeated.")
+    ] = None,
+    gedi: Annotated[list[Path] | None, typer.Option(help="GEDI L2A granule (HDF5) or folder; may be repeated.")] = None,
+    atl08: Annotated[list[Path] | None, typer.Option(help="ICESat-2 ATL08 granule or folder; may be repeated.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Field plots: points with heights, read as --settings says.")] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="Which shots count and how plots are read: TOML with tables gedi, atl08, plots.")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another map on the same pixels, may be repeated; its name, unit, band, date and statistic after commas: "
+            "eth.tif,name=ETH,unit=1,date=2020."
+        ),
+    ] = None,
+    land_cover: Annotated[Path | None, typer.Option(help="Raster of classes to score apart.")] = None,
+    land_cover_names: Annotated[Path | None, typer.Option(help="Their names: TOML, 10 = 'tree cover'.")] = None,
+    polygons: Annotated[Path | None, typer.Option(help="Polygons to score apart (GeoJSON, GeoPackage, GeoParquet).")] = None,
+    polygon_name: Annotated[str | None, typer.Option(help="Their column of names; default: name.")] = None,
+    gsd: Annotated[
+        float | None, typer.Option(help="Side of the cells to compare on, metres; default: the coarsest pixels'.")
+    ] = None,
+    statistic: Annotated[
+        str, typer.Option(help="What of finer pixels is the height of a coarser cell: mean, max or p98.")
+    ] = "mean",
+    reference_crs: Annotated[str | None, typer.Option(help="CRS of --reference where the files name none.")] = None,
+    reference_unit: Annotated[float | None, typer.Option(help="Metres per unit of --reference, 0.3048 for feet.")] = None,
+    reference_date: Annotated[
+        str | None, typer.Option(help="Day or year of --reference where the files do not say.")
+    ] = None,
+    allow_leak: Annotated[
+        bool, typer.Option("--allow-leak", help="Score ground that trained the model, and mark the result.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for score.json and report.html.")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Score a height map against lidar, GEDI, ICESat-2 and field plots; error is map minus reference.
+
+    Example: canopy score map --reference chm.tif --out score
+    """
+    import shlex
+
+    from canopy.score import GivenMap, GivenReference, References, ShotSettings, Strata, score_map
+    from canopy.score.table import lines
+    from canopy.settings import read_settings
+
+    shots = ShotSettings() if settings is None else read_settings(settings, ShotSettings, what="the settings of a score")
+    als = None
+    if reference:
+        als = GivenReference(paths=reference, crs=reference_crs, unit_m=reference_unit, date=reference_date)
+    with _progress("tiles") as progress:
+        result = score_map(
+            GivenMap.parse(tested),
+            References(als=als, gedi=tuple(gedi or ()), atl08=tuple(atl08 or ()), plots=plots, settings=shots),
+            against=[GivenMap.parse(text) for text in against or ()],
+            strata=Strata(
+                land_cover=land_cover, land_cover_names=land_cover_names, polygons=polygons, polygon_name=polygon_name
+            ),
+            gsd_m=gsd, statistic=statistic, allow_leak=allow_leak, out=out, overwrite=overwrite,
+            command=shlex.join(["canopy", *sys.argv[1:]]), progress=progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json(result.model_dump(mode="json"))
+        return
+    for line in lines(result):
+        typer.echo(line)
+    typer.echo(f"{out / 'report.html'}")
+
+
 @models_app.command("list")
 def models_list(*, as_json: Json = False) -> None:
     """List the models in ./models and in the source checkout, and the published weights that can be had.

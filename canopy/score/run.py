@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, cast, get_args
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def score_map(
     against: Sequence[GivenMap | Path | str] = (),
     strata: Strata | None = None,
     gsd_m: float | None = None,
-    statistic: Statistic = "mean",
+    statistic: str = "mean",
     allow_leak: bool = False,
     out: Path | None = None,
     overwrite: bool = False,
@@ -100,6 +100,7 @@ def score_map(
     if out is not None:
         _refuse_existing(out, overwrite=overwrite)
     references = references if isinstance(references, References) else References(als=GivenReference(paths=references))
+    chosen = _statistic(statistic)
     if references.als is None and not (references.gedi or references.atl08 or references.plots):
         raise ScoreError("no reference is given; give --reference, --gedi, --atl08 or --plots")
     draws = Draws(seed=seed, resamples=resamples)
@@ -120,7 +121,7 @@ def score_map(
             parts = stack.enter_context(open_strata(strata or Strata()))
             for some, gsd in grids(maps, als, gsd_m):
                 comparison, seen = compare_lidar(
-                    some, als, parts, gsd_m=gsd, statistic=statistic, draws=draws, progress=progress
+                    some, als, parts, gsd_m=gsd, statistic=chosen, draws=draws, progress=progress
                 )
                 pictures = _with_pictures(pictures, len(comparisons), seen)
                 comparisons.append(comparison)
@@ -146,6 +147,13 @@ def score_map(
 
 def _as_given(given: GivenMap | Path | str) -> GivenMap:
     return given if isinstance(given, GivenMap) else GivenMap(path=Path(given))
+
+
+def _statistic(text: str) -> Statistic:
+    for name in get_args(Statistic):
+        if text == name:
+            return cast("Statistic", name)
+    raise ScoreError(f"statistic {text!r} is not known; give {', '.join(get_args(Statistic))}")
 
 
 def _refuse_existing(out: Path, *, overwrite: bool) -> None:
