@@ -63,6 +63,9 @@ _DEGREE_M: Final = 111_195.0
 """A degree of latitude on the sphere; squares of ground need no better."""
 
 
+_COLUMNS: Final = ("x", "y", "height_m", "radius_m", "half_length_m", "azimuth_deg", "date", "id", "track")
+
+
 # --- the reference -------------------------------------------------------------------------------------------------------
 
 
@@ -108,8 +111,8 @@ class Shots:
     def __post_init__(self) -> None:
         check_statistic(self.statistic)
         count = len(self.height_m)
-        columns = (self.x, self.y, self.radius_m, self.half_length_m, self.azimuth_deg, self.date, self.id, self.track)
-        assert all(column.shape == (count,) for column in columns), f"columns of {[c.shape for c in columns]}, not {count}"
+        shapes = {name: getattr(self, name).shape for name in _COLUMNS}
+        assert set(shapes.values()) == {(count,)}, f"columns of shapes {shapes}, not {count}"
         assert np.isfinite(self.height_m).all(), "a reference height is not finite"
         reach_m = self.radius_m + self.half_length_m
         assert bool((self.radius_m > 0).all() and (reach_m <= MAX_REACH_M).all()), "a footprint's size is out of range"
@@ -138,11 +141,13 @@ class Shots:
 
     def without(self, reason: str, drop: NDArray[np.bool_]) -> Shots:
         """The shots but those to drop, which are counted under `reason`, as one more filter."""
-        keep = ~drop
-        columns = ("x", "y", "height_m", "radius_m", "half_length_m", "azimuth_deg", "date", "id", "track")
-        kept = {name: getattr(self, name)[keep] for name in columns}
         counts = {**self.dropped, reason: self.dropped.get(reason, 0) + int(drop.sum())}
-        return replace(self, dropped=counts, **kept)
+        return replace(self, dropped=counts, **{name: getattr(self, name)[~drop] for name in _COLUMNS})
+
+    def part(self, index: NDArray[np.intp]) -> Shots:
+        """Some of the shots as a reference of their own, with an account of its own."""
+        columns = {name: getattr(self, name)[index] for name in _COLUMNS}
+        return replace(self, read=len(index), dropped={}, **columns)
 
     def account(self) -> str:
         """How many shots there were and what became of them, in one line."""
@@ -301,15 +306,15 @@ def on_same_shots(*results: FootprintResult) -> tuple[FootprintResult, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Places:
-    """Where the footprints lie among the map's pixels; arrays are (shot, ...)."""
+    """Where the footprints lie among the map's pixels."""
 
-    col: NDArray[np.float64]
-    row: NDArray[np.float64]
-    """Centres in pixel coordinates: 0 is the first pixel's outer edge."""
+    cols: NDArray[np.float64]
+    rows: NDArray[np.float64]
+    """(shift, shot): centres in pixel coordinates: 0 is the first pixel's outer edge."""
     ground_m: NDArray[np.float64]
     """(shot, 2, 2): metres across and along the footprint's line for one pixel to the right and one down."""
     reach_px: NDArray[np.float64]
-    """(shot, 2): how far the footprint reaches to both sides of its centre, in columns and rows."""
+    """(shot, 2): how far a footprint reaches to both sides of its centre, in columns and rows."""
 
 
 def map_bounds_deg(height: Path, margin_m: float = MAX_REACH_M) -> tuple[float, float, float, float]:
@@ -354,32 +359,68 @@ def sample_footprints(
         SourceError: `least_known` is not above 0 and at most 1.
         RasterError: the map cannot be read, has no CRS, or the unit of its values is not known.
     """
+    (result,) = sample_shifted(height, shots, [(east_m, north_m)], least_known=least_known, height_unit_m=height_unit_m)
+    return result
+
+
+def sample_shifted(
+    height: Path,
+    shots: Shots,
+    shifts_m: Sequence[tuple[ArrayLike, ArrayLike]],
+    *,
+    least_known: float = LEAST_KNOWN,
+    height_unit_m: float | None = None,
+) -> list[FootprintResult]:
+    """`sample_footprints` with the footprints moved in several ways; the map is read once for all of them.
+
+    Args:
+        height: As there.
+        shots: As there.
+        shifts_m: Metres east and north on the ground, each one number or one a shot.
+        least_known: As there.
+        height_unit_m: As there.
+
+    Returns:
+        One result a shift.
+
+    Raises:
+        SourceError: as `sample_footprints`.
+        RasterError: as `sample_footprints`.
+    """
     if not 0 < least_known <= 1:
         raise SourceError(f"least known share {least_known} is not above 0 and at most 1; 0.9 is usual")
-    count = len(shots)
-    map_m, known_share = np.full(count, np.nan), np.zeros(count)
-    pixels, outcome = np.zeros(count, dtype=np.int64), np.full(count, OUTCOMES.index(OUTSIDE), dtype=np.int8)
+    table = (len(shifts_m), len(shots))
+    map_m, known_share = np.full(table, np.nan), np.zeros(table)
+    pixels, outcome = np.zeros(table, dtype=np.int64), np.full(table, OUTCOMES.index(OUTSIDE), dtype=np.int8)
     with open_raster(height) as raster:
         unit_m = band_unit_m(raster, height_unit_m)
-        places = _places(raster.grid, shots, np.asarray(east_m, np.float64), np.asarray(north_m, np.float64))
+        places = _places(raster.grid, shots, shifts_m)
         for tile in _tiles(places, raster.shape):
-            for shot, heights, overhangs, total in _footprints(raster, places, shots, tile):
-                pixels[shot] = heights.size
+            for at, heights, overhangs, total in _footprints(raster, places, shots, tile):
+                pixels[at] = heights.size
                 if not total:
-                    outcome[shot] = OUTCOMES.index(TOO_SMALL)
+                    outcome[at] = OUTCOMES.index(TOO_SMALL)
                     continue
-                known_share[shot] = heights.size / total
-                if known_share[shot] < least_known:
-                    outcome[shot] = OUTCOMES.index(EDGE if overhangs else UNKNOWN)
+                known_share[at] = heights.size / total
+                if known_share[at] < least_known:
+                    outcome[at] = OUTCOMES.index(EDGE if overhangs else UNKNOWN)
                     continue
-                map_m[shot] = statistic_of(heights, shots.statistic) * unit_m
-                outcome[shot] = OUTCOMES.index(COMPARED)
-    return FootprintResult(
-        shots=shots, map_m=map_m, known_share=known_share, pixels=pixels, outcome=outcome, least_known=least_known
-    )
+                map_m[at] = statistic_of(heights, shots.statistic) * unit_m
+                outcome[at] = OUTCOMES.index(COMPARED)
+    return [
+        FootprintResult(
+            shots=shots,
+            map_m=map_m[k],
+            known_share=known_share[k],
+            pixels=pixels[k],
+            outcome=outcome[k],
+            least_known=least_known,
+        )
+        for k in range(len(shifts_m))
+    ]
 
 
-def _places(grid: Grid, shots: Shots, east_m: NDArray[np.float64], north_m: NDArray[np.float64]) -> _Places:
+def _places(grid: Grid, shots: Shots, shifts_m: Sequence[tuple[ArrayLike, ArrayLike]]) -> _Places:
     x, y = Transformer.from_crs(shots.crs, grid.crs, always_xy=True).transform(shots.x, shots.y)
     with np.errstate(invalid="ignore", divide="ignore"):
         col, row = grid.pixel(np.asarray(x), np.asarray(y))
@@ -387,12 +428,16 @@ def _places(grid: Grid, shots: Shots, east_m: NDArray[np.float64], north_m: NDAr
         # From metres to pixels: the inverse of each 2 x 2 matrix, written out so that shots outside the CRS stay NaN.
         (a, b), (c, d) = east_north.transpose(1, 2, 0)
         inverse = np.array([[d, -b], [-c, a]]) / (a * d - b * c)
-        step = np.stack(np.broadcast_arrays(east_m, north_m, col)[:2])
-        col, row = (at + inverse[axis, 0] * step[0] + inverse[axis, 1] * step[1] for axis, at in enumerate((col, row)))
         reach_px = np.hypot(inverse[:, 0], inverse[:, 1]).T * (shots.radius_m + shots.half_length_m)[:, None]
+        steps = [np.broadcast_to(np.asarray(east_m, np.float64), col.shape) for east_m, _ in shifts_m]
+        climbs = [np.broadcast_to(np.asarray(north_m, np.float64), col.shape) for _, north_m in shifts_m]
+        cols, rows = (
+            at + inverse[axis, 0] * np.array(steps) + inverse[axis, 1] * np.array(climbs)
+            for axis, at in enumerate((col, row))
+        )
     sine, cosine = np.sin(np.radians(shots.azimuth_deg)), np.cos(np.radians(shots.azimuth_deg))
     turn = np.array([[cosine, -sine], [sine, cosine]]).transpose(2, 0, 1)
-    return _Places(col=col, row=row, ground_m=turn @ east_north, reach_px=reach_px)
+    return _Places(cols=cols, rows=rows, ground_m=turn @ east_north, reach_px=reach_px)
 
 
 def _ground_m(grid: Grid, col: NDArray[np.float64], row: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -428,12 +473,12 @@ def _tiles(places: _Places, shape: tuple[int, int]) -> Iterator[NDArray[np.intp]
     rows, cols = shape
     reach_cols, reach_rows = places.reach_px.T
     with np.errstate(invalid="ignore"):
-        near = (places.col + reach_cols > 0) & (places.col - reach_cols < cols)
-        near &= (places.row + reach_rows > 0) & (places.row - reach_rows < rows)
-    shots = np.flatnonzero(near)
+        near = (places.cols + reach_cols > 0) & (places.cols - reach_cols < cols)
+        near &= (places.rows + reach_rows > 0) & (places.rows - reach_rows < rows)
+    shots = np.flatnonzero(near.any(axis=0))
     if not shots.size:
         return
-    tile = np.stack([places.row[shots] // _TILE_PX, places.col[shots] // _TILE_PX])
+    tile = np.stack([places.rows[0, shots] // _TILE_PX, places.cols[0, shots] // _TILE_PX])
     order = np.lexsort(tile[::-1])
     ends = np.flatnonzero((np.diff(tile[:, order], axis=1) != 0).any(axis=0)) + 1
     yield from np.split(shots[order], ends)
@@ -441,17 +486,20 @@ def _tiles(places: _Places, shape: tuple[int, int]) -> Iterator[NDArray[np.intp]
 
 def _footprints(
     raster: Raster, places: _Places, shots: Shots, tile: NDArray[np.intp]
-) -> Iterator[tuple[int, NDArray[Any], bool, int]]:
-    """Of each shot of a tile: its index, the known heights in its footprint, whether it leaves the map, all its pixels."""
-    rows, cols = raster.shape
-    first = np.floor(np.stack([places.row, places.col])[:, tile] - places.reach_px[tile, ::-1].T).astype(np.int64)
-    last = np.ceil(np.stack([places.row, places.col])[:, tile] + places.reach_px[tile, ::-1].T).astype(np.int64)
-    (row0, col0), (row1, col1) = first.min(axis=1), last.max(axis=1)
+) -> Iterator[tuple[tuple[int, int], NDArray[Any], bool, int]]:
+    """Of a tile's shots: (shift, shot), the known heights in the footprint, whether it leaves the map, all its pixels."""
+    reach = places.reach_px[tile, ::-1].T[:, None]
+    middle = np.stack([places.rows[:, tile], places.cols[:, tile]])
+    first, last = np.floor(middle - reach).astype(np.int64), np.ceil(middle + reach).astype(np.int64)
+    (row0, col0), (row1, col1) = first.min(axis=(1, 2)), last.max(axis=(1, 2))
     window = raster.read(int(row0), int(col0), (int(row1 - row0), int(col1 - col0)), (1,))
     heights, valid = window.data[0], window.valid
-    for shot, (top, left), (bottom, right) in zip(tile, first.T, last.T, strict=True):
-        down = np.arange(top, bottom) + 0.5 - places.row[shot]
-        along = np.arange(left, right) + 0.5 - places.col[shot]
+    rows, cols = raster.shape
+    for shift, place in np.ndindex(first.shape[1:]):
+        shot = int(tile[place])
+        (top, left), (bottom, right) = first[:, shift, place], last[:, shift, place]
+        down = np.arange(top, bottom) + 0.5 - places.rows[shift, shot]
+        along = np.arange(left, right) + 0.5 - places.cols[shift, shot]
         to_right, to_bottom = places.ground_m[shot].T
         # (row, col): metres across the footprint's line, and along it beyond its end.
         across_m = to_right[0] * along + to_bottom[0] * down[:, None]
@@ -461,4 +509,4 @@ def _footprints(
         hit_rows, hit_cols = np.flatnonzero(inside.any(axis=1)) + top, np.flatnonzero(inside.any(axis=0)) + left
         total = int(inside.sum())
         overhangs = bool(total and (hit_rows[0] < 0 or hit_rows[-1] >= rows or hit_cols[0] < 0 or hit_cols[-1] >= cols))
-        yield int(shot), heights[part][inside & valid[part]], overhangs, total
+        yield (shift, shot), heights[part][inside & valid[part]], overhangs, total
