@@ -11,6 +11,7 @@ import base64
 import io
 import json
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from canopy.raster import Pixels
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -123,16 +125,21 @@ def render_page(package: str, template: str, **values: Any) -> str:
         template: Its file name.
         values: What it names. One that it names and that is not here is an error, not an empty place.
     """
+    return str(_environment(package).get_template(template).render(**values))
+
+
+@cache
+def _environment(package: str) -> Environment:
+    """One for each package, because compiling a template takes longer than filling it in."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("canopy", ".")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**values)
 
 
 def json_for_html(value: Any) -> str:

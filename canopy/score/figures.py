@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from canopy.page import FIGURE_WIDTH_IN, Drawn, enlarge, photograph_uri, pixels_uri, plain, plain_axes, png_of
+from canopy.page import Drawn, enlarge, photograph_uri, pixels_uri, plain, plain_axes, png_of
 from canopy.score.pictures import ErrorMap, PlaceChip
 from canopy.score.result import CompareGrid, Coverage, Intervals, MapScore, Place, Residuals, Scatter, Shot, StatedError
 
@@ -34,6 +34,9 @@ ORANGE: Final = "#D55E00"
 INK: Final = "#1b1f23"
 OUTER: Final = "#cfe3f1"
 INNER: Final = "#6aa8d2"
+
+WIDTH_IN: Final = 5.6
+"""Narrow, so that its letters can be read on a phone."""
 
 STEPS_M: Final = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 25.0, 30.0, 40.0, 50.0, 60.0, 80.0, 100.0)
 """Where a scale of errors or heights may end."""
@@ -87,7 +90,7 @@ def scatter_figure(score: MapScore, *, top_m: float, unit: str, reference: str) 
     """
     from matplotlib.colors import LogNorm
 
-    figure, axes = plain_axes(5.6)
+    figure, axes = plain_axes(5.0, WIDTH_IN)
     counts = np.asarray(score.scatter.counts, np.float64)
     bottom_m = min(0.0, score.scatter.reference_edges_m[0], score.scatter.map_edges_m[0])
     axes.plot([bottom_m, top_m], [bottom_m, top_m], color=INK, linewidth=1.1, linestyle=(0, (5, 3)), label="map = reference")
@@ -149,7 +152,7 @@ def residual_figure(score: MapScore, *, reach_m: tuple[float, float], unit: str)
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(FIGURE_WIDTH_IN, 4.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN, 4.4), layout="constrained")
     counts, axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 5))
     plain(axes)
     plain(counts)
@@ -206,7 +209,7 @@ def coverage_floor(several: Sequence[Intervals]) -> float:
 
 def coverage_figure(name: str, intervals: Intervals, *, floor: float) -> Drawn:
     """How many references the 90 % intervals hold, class by class of height, against how many they promise to hold."""
-    figure, axes = plain_axes(4.2)
+    figure, axes = plain_axes(4.0, WIDTH_IN)
     axes.grid(visible=False, axis="x")
     predicted, referred = intervals.by_predicted_height, intervals.by_reference_height
     labels = [each.label for each in predicted]
@@ -262,7 +265,7 @@ def stated_figure(name: str, classes: Sequence[StatedError]) -> Drawn | None:
     known = [each for each in classes if each.stated_m is not None and each.observed_m is not None]
     if not known:
         return None
-    figure, axes = plain_axes(4.6)
+    figure, axes = plain_axes(4.4, WIDTH_IN)
     stated, observed = (
         [_known(value) for value in values] for values in zip(*((e.stated_m, e.observed_m) for e in known), strict=True)
     )
@@ -383,9 +386,7 @@ def _map_axes(shape: float) -> tuple[Figure, Axes]:
     """Plain axes of a map whose height is `shape` times its width; very long ones are drawn smaller, not distorted."""
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(FIGURE_WIDTH_IN, 0.55 + min(max(shape, 0.35), 1.2) * (FIGURE_WIDTH_IN - 1.25)), layout="constrained"
-    )
+    figure = Figure(figsize=(WIDTH_IN, 0.55 + min(max(shape, 0.35), 1.2) * (WIDTH_IN - 1.25)), layout="constrained")
     axes = figure.subplots()
     plain(axes)
     axes.grid(visible=False)

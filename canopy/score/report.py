@@ -59,7 +59,7 @@ HELD: Final = 0.02
 """An interval is said to hold when its coverage is this close to the promise, whatever the resamples say."""
 HELD_IN_A_CLASS: Final = 0.05
 """The same for one class of height."""
-LISTED: Final = 12
+LISTED: Final = 6
 """Files and sites named at most; what is left out is counted."""
 
 REFERENCES: Final = {
