@@ -132,3 +132,27 @@ def test_inconsistent_tables_are_refused(wrong):
     CalibrationTable(**good)
     with pytest.raises(ValueError, match="validation error"):
         CalibrationTable(**good | wrong)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("n", "nominal"), [(199, 0.9), (2500, 0.8), (2500, 0.9)])
+def test_the_quantiles_are_those_of_mapie(n, nominal):
+    """Of one class and equal weights, the factors are the ends of MAPIE's asymmetric split-conformal interval of (true -
+    mean)/spread around a prediction of 0."""
+    from mapie.conformity_scores import AbsoluteConformityScore
+    from mapie.regression import SplitConformalRegressor
+    from sklearn.dummy import DummyRegressor
+
+    mean, spread, true, site = forest(12, n, bias_m=1.5)
+    table = fit_calibration(mean, spread, true, site, edges=(), nominal=nominal, least_px=50, spread_floor_m=1e-6)
+    scaled = (true.astype(np.float64) - mean) / spread
+    nothing = np.zeros((n, 1))
+    oracle = SplitConformalRegressor(
+        DummyRegressor(strategy="constant", constant=0.0).fit(nothing, scaled), confidence_level=nominal,
+        conformity_score=AbsoluteConformityScore(sym=False), prefit=True,
+    )  # fmt: skip
+    oracle.conformalize(nothing, scaled)
+    low, high = oracle.predict_interval(nothing[:1])[1][0, :, 0]
+    assert (-table.lower_factor[0], table.upper_factor[0]) == pytest.approx((low, high), rel=1e-9)
+    # The symmetric one is another interval: the oracle can tell.
+    assert abs(low + high) > 0.05
