@@ -143,6 +143,11 @@ class BlockMeans:
                 })
             )  # fmt: skip
 
+    @property
+    def sites(self) -> set[str]:
+        """Those that pixels were taken of."""
+        return {str(part["site"].iloc[0]) for parts in self._parts.values() for part in parts}
+
     def without(self, site: str) -> BlockMeans:
         """The squares of the other sites."""
         return self._where(lambda name: name != site)
@@ -176,31 +181,34 @@ def fit_blocks(
 ) -> BlockTable | None:
     """Fit the table, every site with the same weight; None where no side has `LEAST_BLOCKS` squares.
 
+    A side that some site is too small for is left out: what is known of it is of other sites than of the smaller sides,
+    and easy sites alone would make means over large areas look better than they are.
+
     The scores of a square are (mean - true)/half and (true - mean)/half with the mean half-width of its pixels; their
     (1 + nominal)/2 quantiles, with the finite-sample correction, are the factors.
     """
     tail = (1 + nominal) / 2
-    rows = []
+    rows, sites = [], means.sites
     for side_m in means.sides_m:
         table = means.table(side_m)
-        if len(table) < LEAST_BLOCKS:
+        if len(table) < LEAST_BLOCKS or set(table["site"]) != sites:
             continue
         score = ((table["mean_m"] - table["true_m"]) / table["half_width_m"].clip(lower=half_width_floor_m)).to_numpy()
         weight = (1.0 / table.groupby("site")["site"].transform("size")).to_numpy()
         down, up = (max(conformal_quantile(sign * score, weight, tail), 0.0) for sign in (1, -1))
-        rows.append((side_m, down, up, len(table), set(table["site"])))
+        rows.append((side_m, down, up, len(table)))
     # With a few sites of equal weight a quantile can be beyond the last square, and says nothing.
     rows = [row for row in rows if np.isfinite(row[1]) and np.isfinite(row[2])]
     if not rows:
         return None
-    sides_m, lower, upper, blocks, sites = zip(*rows, strict=True)
+    sides_m, lower, upper, blocks = zip(*rows, strict=True)
     return BlockTable(
         nominal=nominal,
         sides_m=sides_m,
         lower_factor=lower,
         upper_factor=upper,
         blocks=blocks,
-        sites=tuple(sorted(set.union(*sites))),
+        sites=tuple(sorted(sites)),
         half_width_floor_m=half_width_floor_m,
     )
 

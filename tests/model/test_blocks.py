@@ -103,6 +103,18 @@ def test_sides_with_few_squares_are_left_out():
     assert table.measured is None
 
 
+def test_a_side_that_a_site_is_too_small_for_is_left_out():
+    """The easy large site alone would make means over 60 m look better than those over 30 m, whatever the small one is."""
+    large, small = gathered(range(3), correlation_px=0), BlockMeans()
+    for plot in range(120):
+        mean, half, true = ground(plot, correlation_px=30, side_px=20)
+        small.add(key("B"), mean, half, true, np.ones(mean.shape, bool), row_px=1000 * plot, col_px=0)
+    for side_m, parts in large._parts.items():
+        parts.extend(small._parts[side_m])
+    assert fit_blocks(large.only("A")).sides_m == (10.0, 30.0, 60.0)
+    assert fit_blocks(large).sides_m == (10.0, 30.0)
+
+
 def test_every_site_weighs_the_same():
     few, many = gathered([1], correlation_px=0), gathered(range(2, 8), site="B", correlation_px=20)
     both = BlockMeans()
