@@ -68,9 +68,11 @@ map_app = typer.Typer(
     cls=_RunByDefault, no_args_is_help=True, help="Map canopy height over an area; go on with a map; say how one stands."
 )
 models_app = typer.Typer(no_args_is_help=True, help="The models at hand.")
+bench_app = typer.Typer(no_args_is_help=True, help="Sealed benchmarks: make one, prepare a submission, score it.")
 app.add_typer(tile_app, name="tile")
 app.add_typer(map_app, name="map")
 app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Bbox = Annotated[tuple[float, float, float, float] | None, typer.Option(help="Area as west south east north, in degrees.")]
@@ -598,6 +600,120 @@ def score(
     for line in lines(result):
         typer.echo(line)
     typer.echo(f"{out / 'report.html'}")
+
+
+@bench_app.command("seal")
+def bench_seal(
+    tile_sets: Annotated[list[Path], typer.Argument(help="Folders of labelled tile sets.", metavar="TILESET...")],
+    *,
+    out: Annotated[Path, typer.Option(help="Public folder to make.")],
+    key: Annotated[Path, typer.Option(help="Private file to make, outside of it; readable by its owner only.")],
+    base: Annotated[str, typer.Option(help="Model folder or name that submissions are measured from.")],
+    name: Annotated[str | None, typer.Option(help="Name of the task; default: that of its folder.")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Split whose chips are sealed, or all; may be repeated; default: test.")
+    ] = None,
+    positions: Annotated[str, typer.Option(help="coarse: places by cells only; exact: as they are.")] = "coarse",
+    grid_km: Annotated[float, typer.Option(help="Side of these cells, km.")] = 10.0,
+    accept: Annotated[
+        list[str] | None, typer.Option(help="model, map or predictions; may be repeated; default: all.")
+    ] = None,
+    starts_from: Annotated[
+        str, typer.Option(help="base: submissions descend from the base model; any: they may start anywhere.")
+    ] = "base",
+    buffer: Annotated[
+        float | None, typer.Option(help="Metres that training keeps away from sealed ground; default: the sets' buffer.")
+    ] = None,
+    by_site: Annotated[
+        bool | None, typer.Option("--by-site/--by-block", help="Hold out whole sites and flights; default: as split.")
+    ] = None,
+    least_px: Annotated[int, typer.Option(help="Fewest pixels of a height class of a region that is scored.")] = 500,
+    jitter: Annotated[float, typer.Option(help="Metres by which label and image may be apart; sets the floor.")] = 0.5,
+    acquisition: Annotated[
+        list[str] | None, typer.Option(help="Published name of the sealed LiDAR; becomes public; may be repeated.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Time to predict all chips; default: ten times the base model's, at least 60 s.")
+    ] = None,
+    parameters: Annotated[int | None, typer.Option(help="Numbers in the weights; default: ten times the base's.")] = None,
+    memory: Annotated[
+        int | None, typer.Option(help="Memory, MiB; default: four times the base model's, at least 4096.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads that a submitted model is told to use.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Turn labelled tile sets into a public task without labels and a private key with them.
+
+    Example: canopy bench seal tiles/closed --out task --key task.key --base canopy-sample
+    """
+    from canopy.score.sealed.seal import Limits, SealSettings, seal
+
+    limits = Limits(seconds=seconds, parameters=parameters, memory_mib=memory, threads=threads)
+    settings = SealSettings.checked(
+        splits=split, positions=positions, grid_km=grid_km, accepts=accept, starts_from=starts_from, buffer_m=buffer,
+        by_site=by_site, least_px=least_px, jitter_m=jitter, acquisitions=acquisition, limits=limits,
+    )  # fmt: skip
+    with _stages() as progress:
+        made = seal(tile_sets, out, key=key, base=base, name=name, settings=settings, progress=progress)
+    if as_json:
+        _print_json({"task": str(out), "key": str(key), **made.as_json()})
+        return
+    typer.echo(made.as_text())
+
+
+@bench_app.command("template")
+def bench_template(
+    task: Annotated[Path, typer.Argument(help="Public task folder.")],
+    out: Annotated[Path, typer.Argument(help="Submission to make.")],
+    *,
+    model: Annotated[str, typer.Option(help="Model folder or name to submit.")],
+    tile_set: Annotated[list[Path] | None, typer.Option(help="Tile set that it was trained on; may be repeated.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the submission; default: the model's.")] = None,
+    compute: Annotated[str | None, typer.Option(help="What training took, for example '8 h on one H100'.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prepare a submission: the model with its declared lineage, as far as its contract and tile sets tell it.
+
+    Example: canopy bench template task submission --model models/mine --tile-set tiles/open
+    """
+    from canopy.model.package import find_model
+    from canopy.score.sealed.submission import SUBMISSION, write_template
+    from canopy.score.sealed.task import read_task
+
+    folder = write_template(
+        read_task(task), out, model=find_model(model), tile_sets=tile_set or [], name=name, compute=compute
+    )
+    if as_json:
+        _print_json({"submission": str(folder)})
+        return
+    typer.echo(f"{folder}: complete {folder / SUBMISSION} with what its labels were made from, then hand in the folder")
+
+
+@bench_app.command("score")
+def bench_score(
+    task: Annotated[Path, typer.Argument(help="Public task folder.")],
+    key: Annotated[Path, typer.Argument(help="Its private key.")],
+    submission: Annotated[Path, typer.Argument(help="Folder that was handed in.")],
+    *,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a submission against the sealed labels; one that is turned down gets the base model's score and exit code 3.
+
+    Example: canopy bench score task task.key submission --out result.json
+    """
+    from canopy.score.sealed.judge import judge, write_verdict
+
+    with _stages() as progress:
+        verdict = judge(task, key, submission, progress=progress)
+    if out is not None:
+        write_verdict(verdict, out)
+    if as_json:
+        _print_json(verdict.as_json())
+    else:
+        typer.echo(verdict.as_text())
+    if verdict.reasons:
+        raise typer.Exit(3)
 
 
 @models_app.command("list")

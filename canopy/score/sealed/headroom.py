@@ -12,7 +12,8 @@ base and floor are less than `LEAST_HEADROOM_M` apart, have no part in it and ar
 The floor is measured, not assumed: label and image are placed against each other only so well. If a perfect map lies by u
 metres off its label, with u uniform up to the jitter d, its expected MAE is, as long as it grows linearly with u, half of
 that of the label against itself moved by d. The floor is this half, averaged over the four directions; a jitter of 0 makes
-it 0.
+it 0. With half a metre it is 0.1 to 1.1 m in the classes of real sites, where models err by 2 to 5 m. When in doubt take
+less: a floor that is too low puts a headroom of 1 out of reach, one that is too high rewards noise.
 
 A pixel without a prediction counts with the base model's: leaving hard pixels out gains nothing that predicting them as the
 base does would not gain. Pixels where the base model itself abstains are not scored, whoever is judged.
@@ -134,19 +135,18 @@ def floor_sums(
     Args:
         reference_m: (row, col) known heights, NaN = unknown.
         scored: (row, col) pixels that are scored.
-        jitter_m: Distance; the nearest whole number of pixels is taken.
+        jitter_m: Distance. The label is moved by whole pixels, at least one, and the difference brought to this distance.
         gsd_m: Side of a pixel.
         edges_m: Edges of the classes.
     """
-    step = round(jitter_m / gsd_m)
+    step = max(1, round(jitter_m / gsd_m))
+    share = np.float32(jitter_m / (step * gsd_m))
     total = ClassSums.zero(edges_m)
-    if not step:
-        return total + by_class(reference_m, reference_m, edges_m, scored)
     padded = np.pad(reference_m, step, constant_values=np.nan)
     rows, cols = reference_m.shape
     for down, right in ((0, 1), (2, 1), (1, 0), (1, 2)):
         moved = padded[down * step : down * step + rows, right * step : right * step + cols]
-        total += by_class(moved, reference_m, edges_m, scored)
+        total += by_class(reference_m + share * (moved - reference_m), reference_m, edges_m, scored)
     return total
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Self, get_args
 
 import numpy as np
 import pandas as pd
@@ -41,7 +41,7 @@ from canopy.score.sealed.key import KeyWriter, Record, SealedChip, create_key, o
 from canopy.score.sealed.kinship import parameters_in, sketch_of
 from canopy.score.sealed.predict import Predict, Predictions, predictions, run_model
 from canopy.score.sealed.scorer import Scorer
-from canopy.score.sealed.task import IMAGES, INDEX, LEAVES, Base, Budget, Kind, Rules, Task, write_task
+from canopy.score.sealed.task import IMAGES, INDEX, LEAVES, Base, Budget, Kind, Positions, Rules, Start, Task, write_task
 from canopy.score.sealed.tree import SALT_BYTES, keyed, tree_root
 from canopy.textfile import write_text
 from canopy.tiler.chips import DROPPED, RECIPE, read_index
@@ -90,13 +90,13 @@ class SealSettings:
 
     splits: Sequence[str] = ("test",)
     """Splits whose chips are sealed; "all" for every chip that is in one."""
-    positions: Literal["coarse", "exact"] = "coarse"
+    positions: Positions = "coarse"
     """Whether positions are coarsened or told exactly."""
     grid_km: float = 10.0
     """Side of the cells that outlines are coarsened to."""
     accepts: Sequence[Kind] = ("model", "map", "predictions")
     """What may be submitted."""
-    starts_from: Literal["base", "any"] = "base"
+    starts_from: Start = "base"
     """Whether submissions have to descend from the base model."""
     buffer_m: float | None = None
     """What training has to keep away from sealed ground; None: the widest buffer of the sets' recipes."""
@@ -104,11 +104,36 @@ class SealSettings:
     """Whether whole sites and acquisitions are held out; None: what the recipes' splits say."""
     least_px: int = 500
     """A class of a region with fewer pixels is not scored."""
-    jitter_m: float = 1.0
+    jitter_m: float = 0.5
     """By how much labels and images may be apart, see `canopy.score.sealed.headroom`."""
     acquisitions: Sequence[str] = ()
     """Names under which the sealed LiDAR is published, to be left out of training; they become public."""
     limits: Limits = Limits()
+
+    @classmethod
+    def checked(cls, **given: Any) -> Self:
+        """From words and numbers as people give them; what is None takes its default.
+
+        Raises:
+            SealError: a word that is none of those there are, or a number out of its range.
+        """
+        settings = cls(**{name: value for name, value in given.items() if value is not None})
+        words = {"positions": get_args(Positions), "starts_from": get_args(Start), "accepts": get_args(Kind)}
+        for name, valid in words.items():
+            value = getattr(settings, name)
+            for word in (value,) if isinstance(value, str) else value:
+                if word not in valid:
+                    raise SealError(f"{name.replace('_', ' ')} {word!r} is unknown; choose {', '.join(valid)}")
+        limits = settings.limits
+        least = {
+            "least_px": (settings.least_px, 1), "jitter_m": (settings.jitter_m, 0), "buffer_m": (settings.buffer_m or 0, 0),
+            "seconds": (limits.seconds or 1, 1e-9), "parameters": (limits.parameters or 1, 1),
+            "memory_mib": (limits.memory_mib or 1, 1), "threads": (limits.threads, 1),
+        }  # fmt: skip
+        for name, (number, low) in least.items():
+            if not (math.isfinite(number) and number >= low):
+                raise SealError(f"{name} = {number:g} is out of range; give a number of at least {low:g}")
+        return settings
 
     def rules(self, tile_sets: Sequence[Path]) -> Rules:
         """The rules of the task, with what the recipes of the tile sets promise where nothing else is asked for."""
@@ -136,6 +161,41 @@ class Sealed:
     """What the base model scores, and where the floor is; not public."""
     warnings: tuple[str, ...]
     """What makes the base model a doubtful zero."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Values that JSON holds; for who sealed it, not for the public."""
+        cells = [
+            {
+                "region": cell.region, "height_class": cell.height_class, "pixels": cell.base.n, "left_out": cell.left_out,
+                "floor_m": cell.floor_m, "base_mae_m": cell.base.mae_m if cell.base.n else None,
+            }
+            for cell in self.cells
+        ]  # fmt: skip
+        return {
+            "root": self.task.root, "chips": self.task.chips, "regions": list(self.task.regions),
+            "budget": self.task.budget.model_dump(), "base": self.task.base.model_dump(), "cells": cells,
+            "warnings": list(self.warnings),
+        }  # fmt: skip
+
+    def as_text(self) -> str:
+        """What was made, to read."""
+        task = self.task
+        budget, base = task.budget, task.base
+        lines = [
+            f"{self.folder}: {task.chips} chips of {len(task.regions)} regions without labels, root {task.root}",
+            f"{self.key}: the labels; keep it, nobody can make it again",
+            f"budget {budget.seconds:g} s, {budget.parameters:,} parameters, {budget.memory_mib} MiB",
+            f"{base.name} takes {base.seconds:.1f} s, {base.parameters:,} parameters, {base.memory_mib} MiB here",
+        ]
+        for cell in self.cells:
+            if cell.base.n:
+                floor = "-" if cell.floor_m is None else f"{cell.floor_m:.2f} m"
+                why = f", not scored: {cell.left_out}" if cell.left_out else ""
+                lines.append(
+                    f"{cell.region}, {cell.height_class}: {cell.base.n} pixels, MAE of the base model "
+                    f"{cell.base.mae_m:.2f} m, floor {floor}{why}"
+                )
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -223,7 +283,7 @@ def seal(
                     files={INDEX: file_sha256(stage / INDEX)},
                 )
                 with create_key(key) as writer:
-                    labels = _labels(chosen, chips, places, predicted, writer, task, progress)
+                    labels = _labels(chosen, chips, places, predicted, writer, task=task, progress=progress)
                     for tensor, numbers in sketch_of(model / WEIGHTS, drawn).items():
                         writer.add(f"sketch/{tensor}", numbers)
                     record = Record(
@@ -259,6 +319,7 @@ def _labels(
     places: Sequence[Place],
     predicted: Predictions,
     writer: KeyWriter,
+    *,
     task: Task,
     progress: Progress | None,
 ) -> _Labels:

@@ -29,6 +29,12 @@ Kind = Literal["model", "map", "predictions"]
 Only a model is run here, within the budget and without the labels; how the others were made is what their makers say.
 """
 
+Positions = Literal["coarse", "exact"]
+"""Whether images are georeferenced and the index tells outlines, or cells only."""
+
+Start = Literal["base", "any"]
+"""Whether a submission has to descend from the base model, or may start anywhere, as long as it says where."""
+
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -66,8 +72,7 @@ class Rules(_Value):
     """What is counted, and what is held against a submission."""
 
     accepts: tuple[Kind, ...] = Field(min_length=1)
-    starts_from: Literal["base", "any"]
-    """base: a submission has to descend from the base model. any: it may start anywhere, as long as it says where."""
+    starts_from: Start
     buffer_m: NonNegativeFloat
     """Ground that was learned from must be further than this from sealed ground, edge to edge."""
     by_site: bool
@@ -96,8 +101,7 @@ class Task(_Value):
     dtype: str
     gsd_m: tuple[PositiveFloat, ...]
     """The pixel sizes there are."""
-    positions: Literal["coarse", "exact"]
-    """Whether the images are georeferenced and the index tells outlines, or cells of `grid_km` only."""
+    positions: Positions
     grid_km: PositiveFloat
     licence: tuple[str, ...]
     """Of the imagery."""

@@ -1,8 +1,8 @@
 """A hash tree over sealed values: one root binds them all, and says nothing about any of them.
 
-Hashes are SHA-256 and told apart as in RFC 6962, section 2.1: a leaf is the hash of a 0 byte and its data, a node that of a
-1 byte and its children, so that no node can be passed off as a leaf. The tree of n leaves is split at the largest power of two
-below n.
+Hashes are SHA-256 and told apart as in RFC 6962, section 2.1: a leaf is the hash of a 0 byte and its data, a node that of
+a 1 byte and its children, so that no node can be passed off as a leaf. The tree of n leaves is split at the largest power of
+two below n.
 
 Why salts: heights of a chip can be guessed (all zero in a meadow) or recomputed from public LiDAR, and a bare hash would
 confirm the guess. The salt of a leaf is 32 secret bytes before its data, drawn from one secret by HMAC: one leaf can be

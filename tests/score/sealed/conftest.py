@@ -25,7 +25,8 @@ from canopy.score.sealed.task import read_task
 from canopy.tiler.chips import build_tile_set
 from tests.tile_sets import recipe
 
-SIDE_PX, CHIP_PX = 256, 128
+ROWS_PX, COLS_PX = 128, 256
+CHIP_PX = 128
 SECRET = bytes(range(32))
 
 SITE = """
@@ -43,7 +44,7 @@ lidar_source = "flight"
 def picture(seed: int) -> np.ndarray:
     """(band, row, col) uint8 with texture at several scales: what is found again by its content."""
     rng = np.random.default_rng(seed)
-    waves = sum(gaussian_filter(rng.standard_normal((SIDE_PX, SIDE_PX)), s) * s for s in (1.5, 3, 6, 12))
+    waves = sum(gaussian_filter(rng.standard_normal((ROWS_PX, COLS_PX)), s) * s for s in (1.5, 3, 6, 12))
     grey = 128 + 45 * waves / waves.std()
     return np.stack([grey * share for share in (0.8, 1.0, 0.6)]).clip(0, 255).astype(np.uint8)
 
@@ -65,7 +66,9 @@ def build(folder: Path, name: str, sites: dict[str, tuple[np.ndarray, float]], *
     for site, (image, left) in sites.items():
         draw_site(folder, site, image, left=left)
     text = "".join(source.format(site=site) for site in sites)
-    made = recipe(folder, text, chip_px=CHIP_PX, stride_px=CHIP_PX, buffer_m=0.0, name=f'"{name}"', **changes)
+    made = recipe(
+        folder, text, chip_px=CHIP_PX, stride_px=CHIP_PX, block_m=100_000.0, buffer_m=0.0, name=f'"{name}"', **changes
+    )
     return build_tile_set(made, workers=1)
 
 
@@ -110,7 +113,7 @@ def retrained(model: Path, out: Path, *, noise: float, keep: float = 1.0, seed: 
 def world(tmp_path_factory, tiny_model):
     """A task with its key, a tile set of elsewhere, and a sound submission trained on that."""
     room = tmp_path_factory.mktemp("sealed")
-    sites = {"WOOD": (picture(1), 499_968.0), "FIELD": (picture(2), 540_032.0)}
+    sites = {"WOOD": (picture(1), 480_000.0), "FIELD": (picture(2), 540_032.0)}
     tiles = build(room / "tiles", "closed", sites)
     elsewhere = build(room / "elsewhere", "open", {"ELSEWHERE": (picture(3), 600_000.0)})
     made = seal(
@@ -123,6 +126,12 @@ def world(tmp_path_factory, tiny_model):
         room=room, tiles=tiles, elsewhere=elsewhere, task=made.folder, key=made.key, sealed=made, model=model, sound=sound,
         base=tiny_model, sites=sites,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def honest(world):
+    """The verdict on the sound submission."""
+    return judge(world.task, world.key, world.sound, predict=BETTER)
 
 
 @pytest.fixture

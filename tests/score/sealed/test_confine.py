@@ -84,7 +84,8 @@ def test_there_is_no_network(room):
 
 
 def test_time_is_enforced_with_everything_that_was_started(room):
-    code = f"import subprocess, time; subprocess.Popen(['{sys.executable}', '-c', 'import time; time.sleep(60)']); time.sleep(60)"
+    sleep = "import time; time.sleep(60)"
+    code = f"import subprocess; subprocess.Popen(['{sys.executable}', '-c', '{sleep}']); {sleep}"
     ran = confined(room, code, seconds=0.5)
     assert ran.ended == "out of time"
     assert 0.5 <= ran.seconds < 5

@@ -90,5 +90,7 @@ def test_the_floor_is_half_of_what_a_step_costs():
     # Along the ramp two pixels are 2 m, across it nothing; the two directions of each meet the rim, where nothing is known.
     assert floors(sums)[0] == pytest.approx(sums.classes[0].mae_m / 2)
     assert 0.45 < floors(sums)[0] < 0.55
-    assert floors(floor_sums(ramp, scored, jitter_m=0.0, gsd_m=0.5, edges_m=EDGES)) == (0.0, 0.0)
+    for jitter_m, gsd_m, wanted in ((0.0, 0.5, 0.0), (0.25, 0.5, 0.125), (0.5, 2.0, 0.0625)):
+        found = floors(floor_sums(ramp, scored, jitter_m=jitter_m, gsd_m=gsd_m, edges_m=EDGES))
+        assert found[0] == pytest.approx(wanted, rel=0.06), "it grows linearly from 0, whatever the pixels"
     assert floors(ClassSums.zero(EDGES)) == (None, None)

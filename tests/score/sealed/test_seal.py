@@ -1,9 +1,9 @@
 """What the public side of a task tells, what it does not, and that the key and its hashes belong together."""
 
 import json
-import os
 import shutil
 import zipfile
+from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -27,7 +27,7 @@ SETTINGS = SealSettings(splits=("all",), by_site=True, least_px=200, buffer_m=50
 
 def test_the_task_tells_what_a_model_needs(world):
     task = read_task(world.task)
-    assert (task.chips, task.dtype, task.gsd_m, len(task.bands)) == (8, "uint8", (0.5,), 3)
+    assert (task.chips, task.dtype, task.gsd_m, len(task.bands)) == (4, "uint8", (0.5,), 3)
     assert task.regions == ("region-1", "region-2")
     assert task.licence == ("CC0-1.0",)
     assert task.base.name == "tiny"
@@ -50,7 +50,6 @@ def test_nothing_public_leads_to_the_labels(world):
     told = gpd.read_parquet(world.task / "index.parquet")
     cells = shapely.area(told.to_crs(32617).geometry) / 1e6
     assert (cells > 90).all()
-    assert (told.geometry.covers(index.geometry.union_all().centroid) | (cells > 0)).all()
     for path in (world.task / "image").iterdir():
         _, grid = read_raster(path)
         assert grid.crs.is_engineering, "the place is withheld"
@@ -101,7 +100,7 @@ def test_the_same_secret_seals_the_same_labels(world, tmp_path):
                 settings=SETTINGS)  # fmt: skip
     one, other = read_leaves(world.task), read_leaves(made.folder)
     chips = [name for name in one if name.startswith("chip")]
-    assert len(chips) == 8
+    assert len(chips) == 4
     assert [one[name] for name in chips] == [other[name] for name in chips]
     again = seal([world.tiles], tmp_path / "task2", key=tmp_path / "key2", base=world.base, predict=BASE, settings=SETTINGS)
     assert not set(one.values()) & set(read_leaves(again.folder).values()), "another secret, other hashes of the same labels"
@@ -144,7 +143,7 @@ def test_the_key_cannot_be_published_or_overwritten(world, tmp_path):
 
     with pytest.raises(OutputError, match="would publish it"):
         again(tmp_path / "task", tmp_path / "task" / "sub" / "key")
-    os.symlink(tmp_path / "task", tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "task")
     with pytest.raises(OutputError, match="would publish it"):
         again(tmp_path / "task", tmp_path / "elsewhere" / "key")
     with pytest.raises(OutputError, match="exists"):
@@ -189,10 +188,10 @@ def test_the_scorer_is_what_it_says(tmp_path):
     here = Scorer.here()
     assert {"metrics.py", "tiler/fingerprint.py", "score/sealed/judge.py", "score/sealed/tree.py"} <= set(here.sources)
     package = tmp_path / "canopy"
-    root = os.path.dirname(canopy.__file__)
+    root = Path(canopy.__file__).parent
     for name in here.sources:
         (package / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(os.path.join(root, name), package / name)
+        shutil.copyfile(root / name, package / name)
     assert Scorer.here(package) == here
     with (package / "metrics.py").open("a") as file:
         file.write("\n# gentler\n")
