@@ -90,7 +90,7 @@ def scatter_figure(score: MapScore, *, top_m: float, unit: str, reference: str) 
     """
     from matplotlib.colors import LogNorm
 
-    figure, axes = plain_axes(5.0, WIDTH_IN)
+    figure, axes = plain_axes(4.75, WIDTH_IN)
     counts = np.asarray(score.scatter.counts, np.float64)
     bottom_m = min(0.0, score.scatter.reference_edges_m[0], score.scatter.map_edges_m[0])
     axes.plot([bottom_m, top_m], [bottom_m, top_m], color=INK, linewidth=1.1, linestyle=(0, (5, 3)), label="map = reference")
@@ -112,7 +112,7 @@ def scatter_figure(score: MapScore, *, top_m: float, unit: str, reference: str) 
         )  # fmt: skip
     axes.set(xlim=(bottom_m, top_m), ylim=(bottom_m, top_m), aspect="equal", xlabel=f"{reference} (m)")
     axes.set_ylabel("map (m)")
-    axes.legend(frameon=False, loc="upper left")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8.5)
     outside = f"; {score.scatter.n_outside:,} lie beyond the axes" if score.scatter.n_outside else ""
     how = f"each of the {score.measures.n:,} {unit} is a dot" if every else f"{score.measures.n:,} {unit}, counted by colour"
     return Drawn(
@@ -239,7 +239,7 @@ def coverage_figure(name: str, intervals: Intervals, *, floor: float) -> Drawn:
             ha="center", va="bottom", fontsize=8.5,
         )  # fmt: skip
     axes.set_xticks(range(len(labels)), [pretty(label) for label in labels], fontsize=8.5)
-    axes.set(xlim=(-0.6, len(labels) - 0.4), ylim=(floor, 101))
+    axes.set(xlim=(-0.6, len(labels) - 0.4), ylim=(floor, 100 + 0.04 * (100 - floor)))
     axes.set_xlabel("height class; above: number by height in the map")
     axes.set_ylabel("references inside the interval (%)")
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8.5)
@@ -271,20 +271,20 @@ def stated_figure(name: str, classes: Sequence[StatedError]) -> Drawn | None:
     )
     top = 1.08 * max(*stated, *observed, 0.5)
     axes.plot([0, top], [0, top], color=INK, linewidth=1.1, linestyle=(0, (5, 3)))
+    most = max(each.n for each in known)
+    sizes = [25 + 150 * each.n / most for each in known]
     axes.plot(stated, observed, color=BLUE, linewidth=1.2, zorder=2)
-    axes.plot(stated, observed, linestyle="", marker="o", markersize=7, color=BLUE, zorder=3)
-    for each, x, y in zip(known, stated, observed, strict=True):
-        axes.annotate(short(each.n), (x, y), xytext=(8, -5), textcoords="offset points", fontsize=8, va="top", color=INK)
-    axes.text(0.03, 0.97, "larger than stated", transform=axes.transAxes, ha="left", va="top", fontsize=9, color="#59636e")
-    axes.text(
-        0.97, 0.03, "smaller than stated", transform=axes.transAxes, ha="right", va="bottom", fontsize=9, color="#59636e"
-    )
-    axes.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel="stated by the map: ± m (90 %), mean of the class")
-    axes.set_ylabel("found: 90 % of the errors are within ± m")
+    axes.scatter(stated, observed, s=sizes, color=BLUE, edgecolor="white", linewidth=0.8, zorder=3)
+    soft: dict[str, Any] = {"transform": axes.transAxes, "fontsize": 9, "color": "#59636e"}
+    axes.text(0.03, 0.97, "larger than stated", ha="left", va="top", **soft)
+    axes.text(0.97, 0.03, "smaller than stated", ha="right", va="bottom", **soft)
+    axes.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel="stated by the map: 90 % within ± m")
+    axes.set_ylabel("found: 90 % within ± m")
     said = "; ".join(f"stated ±{x:.1f} m, found ±{y:.1f} m" for x, y in zip(stated, observed, strict=True))
     return Drawn(
         name=f"stated_{name}", title=f"{name}: stated against found error", png=png_of(figure),
-        alt=f"The error that {name} states over the one found, from the most certain class of pixels to the least. {said}.",
+        alt=f"The error that {name} states over the one found, from the most certain class to the least; larger dots are "
+        f"more pixels. {said}.",
     )  # fmt: skip
 
 
@@ -326,10 +326,11 @@ def error_map_figure(
         corners_m = (np.reshape(place.bounds, (2, 2)) - (left, top)) / unit
         (x, y), (width, height) = corners_m[0], corners_m[1] - corners_m[0]
         axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=INK, linewidth=1.1))
+        # In the corner of the part that is on the map: places at its edge hang over it.
+        corner = max(x, 0.0), min(y + height, 0.0)
         axes.annotate(
-            str(number), (x + width / 2, y + height), xytext=(0, 1), textcoords="offset points", fontsize=8.5, ha="center",
-            va="bottom", fontweight="bold",
-            bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+            str(number), corner, xytext=(1.5, -1.5), textcoords="offset points", fontsize=7.5, ha="left", va="top",
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
         )  # fmt: skip
     axes.set(xlim=(0, width_m), ylim=(-height_m, 0), xticks=[], yticks=[])
     axes.spines[["top", "right", "bottom", "left"]].set_visible(True)

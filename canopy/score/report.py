@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final
 
 import numpy as np
@@ -107,6 +107,8 @@ def report_page(result: ScoreResult, pictures: Pictures | None = None) -> str:
         uncalibrated=[info for info in result.maps if _uncalibrated(info)],
         unknown=[info for info in result.maps if info.lineage == "unknown"],
         parts=[_part(number, comparison, infos, pictures) for number, comparison in enumerate(result.comparisons)],
+        # The banner has the leaks already.
+        warnings=[each for each in result.warnings if not any(leak.finding in each for leak in result.leaks)],
         data_file=FILE,
         first=result.comparisons[0].maps[0],
         heights_css=ramp_css(HEIGHTS),
@@ -123,6 +125,7 @@ def report_page(result: ScoreResult, pictures: Pictures | None = None) -> str:
         pretty=pretty,
         plainly=str,
         degrees=degrees,
+        capitalised=capitalised,
         day=_day,
     )
 
@@ -170,6 +173,11 @@ def span(estimate: Estimate, write: Callable[[float | None], str] = metres) -> s
     if estimate.interval_95 is None:
         return ""
     return "{} to {}".format(*(write(end) for end in estimate.interval_95))
+
+
+def capitalised(text: str) -> str:
+    """A text that begins a line."""
+    return text[:1].upper() + text[1:]
 
 
 def some(names: Sequence[str], most: int = LISTED) -> str:
@@ -365,7 +373,7 @@ def _about(comparison: Comparison) -> str:
     else:
         assert comparison.footprints is not None, "a comparison has either pixels or footprints"
         place = f"{comparison.footprints.shape}, {comparison.footprints.map_statistic} of the map"
-    return f"Heights: {comparison.statistic}; {place}; {comparison.mask}. Bias = map minus reference."
+    return f"{capitalised(comparison.statistic)}; {place}; {comparison.mask}. Bias = map minus reference."
 
 
 def _summary(score: MapScore, info: MapInfo, comparison: Comparison, unit: str) -> tuple[str, ...]:
@@ -377,7 +385,7 @@ def _summary(score: MapScore, info: MapInfo, comparison: Comparison, unit: str) 
     squares = "one square" if measures.squares == 1 else f"{count(measures.squares)} squares"
     kind = "map" if info.kind == "canopy map" else info.kind
     on = f"{count(measures.n)} {unit}{where} in {squares} of ground"
-    said = [f"The {kind} “{score.name}” was compared with {comparison.reference.name} on {on}."]
+    said = [f"The {kind} “{score.name}” was compared with {_last(comparison.reference.name)} on {on}."]
     if score.n_missing:
         said.append(f"It has no height at {count(score.n_missing)} more {unit} that have a reference.")
     said += [_bias_said(measures.bias_m), _error_said(score)]
@@ -386,6 +394,11 @@ def _summary(score: MapScore, info: MapInfo, comparison: Comparison, unit: str) 
     if measures.mae_m.interval_95 is None:
         said.append("How sure these numbers are cannot be said: intervals need at least two squares of ground.")
     return tuple(_unbroken(sentence) for sentence in said)
+
+
+def _last(name: str) -> str:
+    """A name as it is, a path by its last part: sentences are to be read; the table of facts has the rest."""
+    return PurePath(name).name or name
 
 
 def _unbroken(sentence: str) -> str:
@@ -420,7 +433,9 @@ def _held(intervals: Intervals, unit: str) -> list[str]:
     if coverage.value is None:
         return [f"None of the {unit} has an interval, so whether its 90 % intervals hold is unknown."]
     sure = f", 95 % interval {span(coverage, percent)} %" if coverage.interval_95 else ""
+    width = intervals.overall.mean_width_m.value
     share = f"{percent(coverage.value)} % of the references are inside them{sure}"
+    share += "" if width is None else f"; on average they are {metres(width)} m wide"
     match _off(coverage, promised, HELD):
         case -1:
             said = [f"Its {100 * promised:g} % intervals did not hold: {share}."]

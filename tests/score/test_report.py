@@ -291,7 +291,7 @@ def result_of(case):
         made="2026-11-22T11:00:00+00:00", command="canopy score region --reference OSBS.tif",
         versions=Versions(canopy="0.6", python="3.11", numpy="2.3", rasterio="1.4", gdal="3.9"), maps=tuple(infos),
         comparisons=tuple(comparisons), leaks=(leak,) if case.leaked else (),
-        lineage="The model's training ground is known.", warnings=("One file was skipped.",),
+        lineage="The model's training ground is known.", warnings=("one file was skipped", *([f"LEAK: {leak.finding}"] if case.leaked else [])),
         bootstrap=Bootstrap(resamples=2000, square_m=120.0, seed=0),
     ), pictures  # fmt: skip
 
@@ -384,11 +384,11 @@ def check_numbers(html, result):
     """Every number of the tables is that of the result, as it is written there."""
     page = Page(html)
     for comparison in result.comparisons:
-        about = comparison.statistic
+        about = report.capitalised(comparison.statistic)
         unit = "pixels" if comparison.grid else "shots"
 
         def table(start, about=about):
-            return page.table(f"{start} Heights: {about};")
+            return page.table(f"{start} {about};")
 
         for score in comparison.maps:
             row = table("All measures")[score.name]
@@ -476,7 +476,7 @@ def test_every_result_has_a_page_that_says_what_it_says(case, tmp_path, unrender
     assert ("cannot be excluded" in text) == case.unknown
     assert ("is better than" in text) == (len(case.maps) > 1 and case.squares == SQUARE and not case.nothing)
     if case.leaked:
-        assert "40 % of OSBS.tif lies in the training ground OSBS of canopy-sample" in text
+        assert text.count("40 % of OSBS.tif lies in the training ground OSBS of canopy-sample") == 1
     if case.squares > SQUARE:
         assert "intervals need at least two squares" in text
         assert "without an interval it is not claimed" in text
@@ -594,6 +594,7 @@ def test_intervals_hold_where_their_coverage_allows_it(coverage, words):
     )
     said = report._held(intervals, "pixels")
     assert words in said[0]
+    assert ("7.00 m wide" in said[0]) == (coverage.value is not None)
     if coverage.value is not None:
         assert said[1] == "They hold too few where the map says 2–5 m (60.0 %)."
 
