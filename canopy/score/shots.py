@@ -152,7 +152,7 @@ def compared(sampled: Sampled, draws: Draws) -> Comparison:
             statistic=f"{shots.source} of the footprint",
             gsd_m=None,
             crs=shots.crs.to_string(),
-            mask="; ".join(f"without {name}" for name in shots.dropped) or "all",
+            mask="; ".join(f"none {name}" for name in shots.dropped) or "all",
         ),
         reference_resampled="not resampled: a height a footprint",
         grid=None,
