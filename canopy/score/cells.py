@@ -3,8 +3,9 @@
 A comparison's cells are never finer than any of its rasters. Where a raster's pixels are the cells, they are taken as they
 are. Where a whole number of them is a cell, the cell's height is their mean, their greatest or a percentile of them,
 computed here. Otherwise every pixel counts with the area that it has in the cell: exactly for means (GDAL's `average`); for
-the greatest height and percentiles by laying a grid of points at least twice as fine as the pixels over the cell. Pixels
-without a height have no part in it, and a cell of which less than `LEAST_SHARE` is known is unknown.
+the greatest height and percentiles by laying a grid of points at least twice as fine as the pixels over the cell, unless a
+pixel is more than half as wide as a cell: then it is a statistic of the ground itself, and is averaged. Pixels without a
+height have no part in it, and a cell of which less than `LEAST_SHARE` is known is unknown.
 
 Nothing is interpolated: a cell's height is a statistic of heights that somebody measured or predicted in it.
 """
@@ -207,7 +208,10 @@ class HeightRasters:
         return all(_pixels_per_cell(layer, cells) == 1 for layer in self._layers)
 
     def read(self, cells: Cells, box: Box, statistic: Statistic = "mean") -> Heights:
-        """Heights of the cells of `box`; they do not depend on the box."""
+        """Heights of the cells of `box`.
+
+        They do not depend on the box, but for less than 0.1 mm where pixels of another CRS are weighted by their area.
+        """
         height_m = np.full(box.shape, np.nan)
         refused, negative = np.zeros(box.shape, bool), np.zeros(box.shape, bool)
         for layer in self._layers:
@@ -222,9 +226,9 @@ class HeightRasters:
                 negative[here] |= found.negative
         return Heights(height_m=height_m, refused=refused, negative=negative)
 
-    def _layer(self, layer: _Layer, cells: Cells, box: Box, statistic: Statistic) -> Heights | None:
+    def _layer(self, layer: _Layer, cells: Cells, box: Box, wanted: Statistic) -> Heights | None:
         """Heights of a box from one layer; None where it has no pixel there."""
-        grid, side = cells.grid(box), _pixels_per_cell(layer, cells)
+        grid, side, statistic = cells.grid(box), _pixels_per_cell(layer, cells), _statistic(layer, cells, wanted)
         if side:
             first = _nearest_pixel(layer, grid)
             native = Box(first[0], first[1], first[0] + side * box.shape[0], first[1] + side * box.shape[1])
@@ -353,8 +357,13 @@ def _points(layer: _Layer, cells: Cells) -> int:
     return math.ceil(POINTS_PER_PIXEL * cells.gsd_m / layer.gsd_m - 1e-9)
 
 
-def _in_words(layer: _Layer, cells: Cells, statistic: Statistic) -> str:
-    side = _pixels_per_cell(layer, cells)
+def _statistic(layer: _Layer, cells: Cells, wanted: Statistic) -> Statistic:
+    """The statistic to take of a layer: pixels that are nearly cells are statistics of the ground already."""
+    return "mean" if layer.gsd_m * POINTS_PER_PIXEL > cells.gsd_m * FINER and not _pixels_per_cell(layer, cells) else wanted
+
+
+def _in_words(layer: _Layer, cells: Cells, wanted: Statistic) -> str:
+    side, statistic = _pixels_per_cell(layer, cells), _statistic(layer, cells, wanted)
     if side == 1:
         return "not resampled: its pixels are the cells"
     known = f"of cells known to at least {LEAST_SHARE:.0%}"

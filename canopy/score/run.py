@@ -248,11 +248,11 @@ def _warnings(maps: Sequence[OpenMap], comparisons: Sequence[Comparison], leaks:
     for comparison in comparisons:
         reference = comparison.reference
         if reference.gap_days is None:
-            found.append(f"{comparison.title}: the time between the reference and a map's imagery is not known")
+            found.append(f"{reference.name}: the time between it and a map's imagery is not known")
         elif reference.gap_days > LONG_GAP_DAYS:
             found.append(
-                f"{comparison.title}: up to {reference.gap_days} days lie between the reference and a map's imagery, more "
-                f"than two years: growth and loss are in the errors"
+                f"{reference.name}: up to {reference.gap_days} days lie between it and a map's imagery, more than two "
+                f"years: growth and loss are in the errors"
             )
         if reference.n_refused:
             found.append(
