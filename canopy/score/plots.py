@@ -125,8 +125,7 @@ def read_plots(path: Path | str, settings: PlotSettings) -> Shots:
     points = table.geometry.to_crs(WGS84)
     if settings.bounds_deg is not None:
         sieve.drop_outside(np.asarray(points.x), np.asarray(points.y), settings.bounds_deg)
-    if settings.since is not None or settings.until is not None:
-        sieve.drop_dates(day, settings.since, settings.until)
+    sieve.drop_dates(day, settings.since, settings.until)
     sieve.drop(NO_HEIGHT, np.isnan(height_m))
     left = sieve.left
     kept = int(left.sum())
