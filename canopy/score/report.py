@@ -237,6 +237,8 @@ class _Part:
     """Rows of figures that stand side by side: of several maps one kind a row, of one map all."""
     coarse: tuple[tuple[str, tuple[Estimate | None, ...], Callable[[float | None], str]], ...]
     """Measures of blocks, edges and tree cover, an estimate a map, and how they are written."""
+    coarse_of: str
+    """Which of the three there are."""
     verdicts: tuple[tuple[Difference, str], ...]
     scale: ErrorScale
     top_m: float
@@ -294,6 +296,8 @@ def _part(number: int, comparison: Comparison, infos: dict[str, MapInfo], pictur
                 ),
             )
         )  # fmt: skip
+    if len(kinds.get("coverage", ())) == 1:  # one map has intervals: its two figures stand side by side
+        kinds["coverage"] += kinds.pop("stated", [])
     rows = tuple(tuple(row) for row in kinds.values())
     return _Part(
         key=f"c{number + 1}",
@@ -303,6 +307,9 @@ def _part(number: int, comparison: Comparison, infos: dict[str, MapInfo], pictur
         shown=tuple(shown),
         figures=rows if len(comparison.maps) > 1 else (tuple(figure for row in rows for figure in row),),
         coarse=_coarse(comparison.maps),
+        coarse_of="Blocks, edges and tree cover"
+        if any(score.blocks or score.edges for score in comparison.maps)
+        else "Tree cover",
         verdicts=tuple((difference, verdict(difference)) for difference in comparison.differences),
         scale=scale,
         top_m=chips_top_m,
@@ -382,7 +389,8 @@ def _summary(score: MapScore, info: MapInfo, comparison: Comparison, unit: str) 
     where = f" of {comparison.grid.gsd_m:g} m" if comparison.grid is not None else ""
     if not measures.n:
         return (f"No {unit} could be compared, so nothing can be said of “{score.name}”.",)
-    squares = "one square" if measures.squares == 1 else f"{count(measures.squares)} squares"
+    side = "" if comparison.square_m is None else f" of {comparison.square_m:g} m"
+    squares = f"one square{side}" if measures.squares == 1 else f"{count(measures.squares)} squares{side}"
     kind = "map" if info.kind == "canopy map" else info.kind
     on = f"{count(measures.n)} {unit}{where} in {squares} of ground"
     said = [f"The {kind} “{score.name}” was compared with {_last(comparison.reference.name)} on {on}."]

@@ -291,7 +291,8 @@ def result_of(case):
         made="2026-11-22T11:00:00+00:00", command="canopy score region --reference OSBS.tif",
         versions=Versions(canopy="0.6", python="3.11", numpy="2.3", rasterio="1.4", gdal="3.9"), maps=tuple(infos),
         comparisons=tuple(comparisons), leaks=(leak,) if case.leaked else (),
-        lineage="The model's training ground is known.", warnings=("one file was skipped", *([f"LEAK: {leak.finding}"] if case.leaked else [])),
+        lineage="The model's training ground is known.",
+        warnings=("one file was skipped", *([f"LEAK: {leak.finding}"] if case.leaked else [])),
         bootstrap=Bootstrap(resamples=2000, square_m=120.0, seed=0),
     ), pictures  # fmt: skip
 
