@@ -66,7 +66,7 @@ class Counted:
     n_refused: int = 0
     n_negative: int = 0
     missing: dict[Key, int] = field(default_factory=dict)
-    """By group: its cells with a reference that some map lacks."""
+    """By group that has a cell with a reference: those of them that some map lacks."""
 
 
 def count(
@@ -157,8 +157,9 @@ def _count_tile(
             continue
         groups = dict(_groups(ground, place, None if cover is None else cover[place.slices_in(tile)]))
         for key, mask in groups.items():
-            lacking = mask & known_reference[here] & ~common[here]
-            counted.missing[key] = counted.missing.get(key, 0) + int(lacking.sum())
+            mine = mask & known_reference[here]
+            if mine.any():
+                counted.missing[key] = counted.missing.get(key, 0) + int((mine & ~common[here]).sum())
         for number, sums in enumerate(counted.maps):
             seen = _Seen(reference_m=reference_m, map_m=maps_m[number], common=common, bounds_m=bounds_m[number])
             seen.count((row, col), sums, here, groups)
