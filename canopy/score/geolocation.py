@@ -14,7 +14,7 @@ still a score of the most favourable places, so it stands beside the raw one and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -65,7 +65,7 @@ class Relocated:
     """A map in footprints that were moved track by track."""
 
     result: FootprintResult
-    """Of all shots, those of tracks without a shift where they were."""
+    """Of the shots compared before, those of tracks without a shift where they were."""
     shifts: tuple[TrackShift, ...]
     """One a track with a compared shot."""
 
@@ -130,6 +130,12 @@ def relocate(
             east_m[shots.track == track], north_m[shots.track == track] = shift.east_m, shift.north_m
     result = sample_footprints(
         height, shots, least_known=raw.least_known, height_unit_m=height_unit_m, east_m=east_m, north_m=north_m
+    )
+    # The same shots as before, or fewer: what one score has and the other lacks would be taken for the effect of the move.
+    result = replace(
+        result,
+        map_m=np.where(raw.compared, result.map_m, np.nan),
+        outcome=np.where(raw.compared, result.outcome, raw.outcome),
     )
     return Relocated(result=result, shifts=tuple(shifts))
 

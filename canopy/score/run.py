@@ -109,7 +109,7 @@ def score_map(
         pool = stack.enter_context(RasterPool(OPEN_FILES))
         maps = open_maps([_as_given(each) for each in (given, *against)], pool)
         als = None if references.als is None else open_reference(references.als, pool)
-        sampled = [sample(each, maps) for each in _shots(references, maps)]
+        sampled = [sample(each, maps, relocated=references.settings.relocate) for each in _shots(references, maps)]
         leaks = [] if als is None else _ground_leaks(maps, als)
         for each in sampled:
             leaks += leaks_of_shots([m.info for m in maps], each.reference.shots.source, *each.lonlat_deg)

@@ -25,11 +25,12 @@ from canopy.score.footprint import (
     statistic_name,
 )
 from canopy.score.gedi import GediSettings
+from canopy.score.geolocation import Relocated, relocate
 from canopy.score.maps import OpenMap
 from canopy.score.measures import Draws, cover_of, difference_of, groups_of, measures_of, residuals_of, scatter_of
 from canopy.score.plots import PlotSettings
 from canopy.score.reference import gap_days
-from canopy.score.result import Comparison, FilterCount, Footprints, MapScore, ReferenceInfo, Shot
+from canopy.score.result import Comparison, FilterCount, Footprints, MapScore, ReferenceInfo, Registered, Shift, Shot
 from canopy.score.sums import Key, MapSums, Squares
 
 MOST_SHOTS: Final = 4000
@@ -48,6 +49,8 @@ class ShotSettings(BaseModel):
     gedi: GediSettings = GediSettings()
     atl08: Atl08Settings = Atl08Settings()
     plots: PlotSettings | None = None
+    relocate: bool = False
+    """Whether GEDI and ICESat-2 shots are also scored where each track fits the map best, beside where they say they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,6 +72,8 @@ class Sampled:
     """Of each map by itself."""
     results: tuple[FootprintResult, ...]
     """On the shots that all maps have."""
+    relocated: tuple[Relocated | None, ...]
+    """The same with each track moved to where it fits the map best; None where that was not asked for."""
 
     @property
     def lonlat_deg(self) -> tuple[np.ndarray, np.ndarray]:
@@ -78,8 +83,13 @@ class Sampled:
         return lon[compared], lat[compared]
 
 
-def sample(reference: Reference, maps: Sequence[OpenMap]) -> Sampled:
+def sample(reference: Reference, maps: Sequence[OpenMap], *, relocated: bool = False) -> Sampled:
     """Ask maps for their heights in footprints.
+
+    Args:
+        reference: The footprints.
+        maps: The maps.
+        relocated: Whether to ask them also where each track fits best; field plots have no tracks.
 
     Raises:
         ScoreError: a map is no single raster, or no footprint is known in all of them.
@@ -100,7 +110,13 @@ def sample(reference: Reference, maps: Sequence[OpenMap]) -> Sampled:
             f"no footprint of {reference.shots.source} is left to compare with {names}: {alone[0].account()}; choose other "
             f"files, or loosen the filters with --settings"
         )
-    return Sampled(reference=reference, maps=tuple(maps), alone=tuple(alone), results=results)
+    moved = [
+        relocate(each.height_path, result, height_unit_m=each.height.unit_m)
+        if relocated and reference.kind != "plots"
+        else None
+        for each, result in zip(maps, results, strict=True)
+    ]
+    return Sampled(reference=reference, maps=tuple(maps), alone=tuple(alone), results=results, relocated=tuple(moved))
 
 
 def compared(sampled: Sampled, draws: Draws) -> Comparison:
@@ -130,10 +146,11 @@ def compared(sampled: Sampled, draws: Draws) -> Comparison:
             intervals=None,
             scatter=scatter_of(mine),
             residuals=residuals_of(mine),
+            registered=_registered(moved, draws, kind),
             shots=_sample(narrowed),
         )
-        for each, result, narrowed, mine, one, by_height in zip(
-            maps, sampled.alone, results, sums, measures, groups, strict=True
+        for each, result, narrowed, moved, mine, one, by_height in zip(
+            maps, sampled.alone, results, sampled.relocated, sums, measures, groups, strict=True
         )
     )
     firsts = list(zip([each.info.name for each in maps], measures, resampled, strict=True))
@@ -192,6 +209,28 @@ def _sums(result: FootprintResult) -> MapSums:
         if sums.too_many:
             sums.coarsen()
     return sums
+
+
+def _registered(relocated: Relocated | None, draws: Draws, kind: Kind) -> Registered | None:
+    """The measures of the moved shots beside the raw ones; a map moves the other way than the shots."""
+    if relocated is None:
+        return None
+    shifts = tuple(
+        Shift(
+            site=each.track,
+            x_m=None if each.east_m is None else 0.0 - each.east_m,
+            y_m=None if each.north_m is None else 0.0 - each.north_m,
+            agreement_before=each.agreement_before,
+            agreement_after=each.agreement_after,
+            applied=each.applied,
+            reason=each.reason,
+        )
+        for each in relocated.shifts
+    )
+    if not any(shift.applied for shift in shifts):
+        return Registered(shifts=shifts, measures=None, blocks=None, edges=None)
+    (measures,), _ = measures_of([_sums(relocated.result).heights.values()], draws, kind, "registered")
+    return Registered(shifts=shifts, measures=measures, blocks=None, edges=None)
 
 
 def _sample(result: FootprintResult) -> tuple[Shot, ...]:
