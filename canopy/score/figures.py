@@ -365,10 +365,8 @@ def shot_map_figure(name: str, shots: Sequence[Shot], *, scale: ErrorScale, n: i
     axes.set(xlim=(-margin, width_m - margin), ylim=(-margin, height_m - margin), aspect="equal", xticks=[], yticks=[])
     axes.spines[["top", "right", "bottom", "left"]].set_visible(True)
     axes.grid(visible=False)
-    axes.set_xlabel(
-        f"{_degrees(float(lat.min()), float(lat.max()), 'NS')}; {_degrees(float(lon.min()), float(lon.max()), 'EW')}",
-        fontsize=8.5,
-    )
+    ends = (_degrees(float(lat.min()), float(lat.max()), "NS"), _degrees(float(lon.min()), float(lon.max()), "EW"))
+    axes.set_title("; ".join(ends), fontsize=8.5, loc="left")
     _colour_bar(figure, axes, shown)
     _bar_and_north(axes, width_m)
     some = f"{len(shots):,} of the {n:,} {unit}" if len(shots) < n else f"the {n:,} {unit}"
