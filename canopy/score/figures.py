@@ -342,8 +342,9 @@ def error_map_figure(
         if error_m.size else "Nothing of it is known."
     )  # fmt: skip
     places = f" The {len(worst)} worst places are outlined and numbered." if worst else ""
+    averaged = f", means of {picture.side_m:g} m squares" if picture.side_px > 1 else ""
     return Drawn(
-        name=f"error_map_{name}", title=f"{name}: where it is too low (blue) and too tall (red)", png=png_of(figure),
+        name=f"error_map_{name}", title=f"{name}: where it is too low (blue) and too tall (red){averaged}", png=png_of(figure),
         alt=f"Map of the error of {name}, map minus reference, means of {picture.side_m:g} m squares, unknown in grey. "
         f"{said}{places}",
     )  # fmt: skip

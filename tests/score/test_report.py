@@ -657,7 +657,9 @@ def test_too_tall_is_red_too_low_is_blue_and_unknown_grey(monkeypatch):
     scale = figures.error_scale([error])
     assert scale.reach_m == 10
     grid = result.comparisons[0].grid
-    picture = picture_of(figures.error_map_figure("m", sums.map(), scale=scale, grid=grid))
+    drawn = figures.error_map_figure("m", sums.map(), scale=scale, grid=grid)
+    assert "means of" not in drawn.title
+    picture = picture_of(drawn)
     blue, red = (colormaps["RdBu_r"](share)[:3] for share in (0.05, 0.95))
     for colour, (row, col) in ((blue, (0.3, 0.22)), (red, (0.3, 0.62)), ((0.741, 0.741, 0.741), (0.75, 0.42))):
         share, place = like(picture, colour)
