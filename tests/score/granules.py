@@ -19,22 +19,32 @@ def seconds(when):
 
 
 def write_gedi(
-    path: Path, beams=None, *, lon=-123.0, lat=44.0, product="GEDI_L2A", without=(), units=None, version="003", **fields
+    path: Path,
+    beams=None,
+    *,
+    lon=-123.0,
+    lat=44.0,
+    count=3,
+    product="GEDI_L2A",
+    without=(),
+    units=None,
+    version="003",
+    **fields,
 ) -> Path:
-    """A granule of three good shots a beam, 60 m apart; `fields` give other values, one for all or one a shot of each beam.
+    """A granule of good shots, 60 m apart on each beam; `fields` give other values, one for all or one a shot of each beam.
 
     Args:
         path: The file.
         beams: Names of the beams.
         lon: Of the first shot.
         lat: Of the first shot.
+        count: Shots a beam.
         product: What it says it is.
         without: Fields to leave out.
         units: Unit of `rh`.
         version: Of the processing; 003 and on is version 2 of the product.
         fields: Values; `rh` is of all relative heights or a table of them.
     """
-    count = 3
     with h5py.File(path, "w") as file:
         file.attrs["short_name"] = np.array([product], dtype=h5py.string_dtype())
         file.create_group("METADATA/DatasetIdentification").attrs["PGEVersion"] = version

@@ -7,12 +7,15 @@ from datetime import date
 import h5py
 import numpy as np
 import pytest
+from affine import Affine
 from pydantic import ValidationError
+from pyproj import CRS, Transformer
 
 from canopy.errors import SourceError
+from canopy.grid import Grid
 from canopy.raster import write_raster
-from canopy.score import sieve
-from canopy.score.footprint import sample_footprints
+from canopy.score import References, score_map, sieve
+from canopy.score.footprint import EDGE, OUTSIDE, UNKNOWN, WGS84, sample_footprints
 from canopy.score.gedi import (
     COVERAGE,
     DAY,
@@ -100,11 +103,6 @@ def test_the_real_granule_in_parts(granule):
 
 def test_the_real_granule_and_a_map_of_its_heights(granule, tmp_path):
     """A map with a stand of each shot's RH98 around it scores without an error; moved by 35 m it does not."""
-    from affine import Affine
-    from pyproj import CRS, Transformer
-
-    from canopy.grid import Grid
-
     shots = read_gedi(granule)
     crs = CRS.from_epsg(32723)
     x, y = Transformer.from_crs(shots.crs, crs, always_xy=True).transform(shots.x, shots.y)
@@ -235,6 +233,32 @@ def test_a_rectangle_across_the_antimeridian(tmp_path):
     path = write_gedi(tmp_path / "g.h5", lon_lowestmode=[179.99, -179.99, 170.0])
     shots = read_gedi(path, GediSettings(bounds_deg=(179.9, 40.0, 180.1, 50.0)))
     assert (len(shots), shots.dropped[sieve.OUTSIDE_AREA]) == (2, 1)
+
+
+# --- in a score
+
+
+def test_from_the_granule_to_the_score(tmp_path):
+    """A map of 20 m with a gap and shots of 18 m: in it, in the gap, on its edge, beyond it, and one by day."""
+    crs = CRS.from_epsg(32610)
+    grid = Grid(crs=crs, transform=Affine(2.0, 0, 499_800, 0, -2.0, 4_873_000), shape=(400, 500))
+    height_m = np.full(grid.shape, 20.0, np.float32)
+    height_m[200:, 250:] = np.nan
+    write_raster(tmp_path / "map.tif", height_m[None], grid=grid, nodata=np.nan, units=("m",))
+    inside, gap, edge, beyond = (500_000, 4_872_800), (500_500, 4_872_300), (499_802, 4_872_500), (499_600, 4_872_500)
+    x, y = np.transpose([inside, gap, edge, beyond, inside])
+    lon, lat = Transformer.from_crs(crs, WGS84, always_xy=True).transform(x, y)
+    path = write_gedi(
+        tmp_path / "g.h5", ["BEAM0000", "BEAM0101"], count=5, lon_lowestmode=lon, lat_lowestmode=lat,
+        rh=np.full((5, 101), 18.0), solar_elevation=[-9, -9, -9, -9, 9],
+    )  # fmt: skip
+    (comparison,) = score_map(tmp_path / "map.tif", References(gedi=(path,)), resamples=20).comparisons
+    (score,) = comparison.maps
+    assert (score.measures.n, score.n_missing) == (1, 1)
+    assert score.measures.bias_m.value == pytest.approx(2.0, abs=1e-6)
+    removed = {each.name: each.n for each in comparison.footprints.removed if each.n}
+    assert removed == {COVERAGE: 5, DAY: 1, EDGE: 1, UNKNOWN: 1, OUTSIDE: 1}
+    assert comparison.footprints.n_read == 10 == 1 + sum(removed.values())
 
 
 # --- what can be wrong

@@ -5,14 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 from affine import Affine
-from pyproj import CRS
+from pyproj import CRS, Transformer
 from scipy.ndimage import gaussian_filter
 
 from canopy.errors import SourceError
 from canopy.grid import Grid
 from canopy.raster import write_raster
-from canopy.score.footprint import Shots, sample_footprints
+from canopy.score import References, ShotSettings, score_map
+from canopy.score.footprint import WGS84, Shots, sample_footprints
+from canopy.score.gedi import read_gedi
 from canopy.score.geolocation import relocate
+from tests.score.granules import write_gedi
 
 GRID = Grid(crs=CRS.from_epsg(32610), transform=Affine(2.0, 0, 500_000, 0, -2.0, 4_900_400), shape=(200, 500))
 SHOTS = 48
@@ -104,3 +107,26 @@ def test_tracks_that_say_too_little_stay(height, tmp_path):
 def test_a_search_that_is_none_is_refused(height, reach_m, step_m):
     with pytest.raises(SourceError, match="are none; give 0 < step <= reach"):
         relocate(height, tracks(height, (0.0, 0.0), (0.0, 0.0)), reach_m=reach_m, step_m=step_m)
+
+
+@pytest.mark.slow
+def test_a_score_has_the_moved_tracks_beside_the_raw_ones(height, tmp_path):
+    """Shots that lie 8 m east of where they say: the map would have to move west."""
+    x, y = 500_050 + 15.0 * np.arange(SHOTS), 4_900_100 + 2.0 * np.arange(SHOTS)
+    lon, lat = Transformer.from_crs(GRID.crs, WGS84, always_xy=True).transform(x, y)
+    granule = write_gedi(tmp_path / "g.h5", count=SHOTS, lon_lowestmode=lon, lat_lowestmode=lat)
+    rh = np.zeros((SHOTS, 101))
+    rh[:, 98] = sample_footprints(height, read_gedi(granule), east_m=8.0).map_m
+    rh[:, 98] += np.random.default_rng(3).normal(0, 0.5, SHOTS)
+    write_gedi(granule, count=SHOTS, lon_lowestmode=lon, lat_lowestmode=lat, rh=rh)
+    raw, moved = (
+        score_map(height, References(gedi=(granule,), settings=ShotSettings(relocate=relocate)), resamples=20)
+        for relocate in (False, True)
+    )
+    (raw,), (moved,) = raw.comparisons[0].maps, moved.comparisons[0].maps
+    assert raw.registered is None
+    assert moved.measures == raw.measures
+    (shift,) = moved.registered.shifts
+    assert (shift.site, shift.x_m, shift.y_m, shift.applied) == (NAMES[0], -8.0, 0.0, True)
+    assert moved.registered.measures.n == raw.measures.n == SHOTS
+    assert moved.registered.measures.mae_m.value < 0.6 < raw.measures.mae_m.value
