@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from canopy.cli import app
+from canopy.errors import ContractError
+from canopy.model.package import load_model
 from canopy.raster import read_raster
 from canopy.score.sealed import predict, runner
 from canopy.score.sealed.confine import run
@@ -119,16 +121,15 @@ def test_a_model_that_takes_too_long_is_ended(sealed, world, tmp_path):
 
 
 def test_a_model_folder_cannot_name_files_to_read(sealed, world, tmp_path):
-    """A contract whose backbone is a path is refused by the strict loader, in the confined process as elsewhere."""
+    """A contract whose backbone is a path is refused by the strict loader that the confined process uses."""
     room, _ = sealed
     model = tmp_path / "model"
     shutil.copytree(world.model, model)
     text = (model / "model.toml").read_text()
     (model / "model.toml").write_text(text.replace("vit_tiny_patch16_224", f"local-dir:{room}"))
-    call("template", room / "task", tmp_path / "sub", "--model", model, "--tile-set", world.elsewhere)
-    verdict = judge(room / "task", room / "task.key", tmp_path / "sub")
-    assert verdict.status == "fallback"
-    assert "timm has no backbone" in verdict.reasons[0].said
+    with pytest.raises(ContractError, match="timm has no backbone"):
+        load_model(model)
+    load_model(world.base)
 
 
 def test_what_the_command_line_refuses(sealed, world, tmp_path):
@@ -139,7 +140,7 @@ def test_what_the_command_line_refuses(sealed, world, tmp_path):
         (["--accept", "zip"], "accepts 'zip' is unknown"),
         (["--grid-km", "0"], "not a positive length"),
         (["--seconds", "-1"], "seconds = -1 is out of range"),
-        ([], "no chip in split"),
+        (["--split", "none"], "no chip in split"),
     ):
         done = call(*seal, *words)
         assert done.exit_code == 1

@@ -57,8 +57,8 @@ def judged(world, folder, predict=BETTER):
 # --- the honest one ------------------------------------------------------------------------------------------------------
 
 
-def test_a_sound_submission_is_scored(submit, tmp_path):
-    verdict = submit.verdict()
+def test_a_sound_submission_is_scored(honest, tmp_path):
+    verdict = honest
     assert verdict.status == "scored", verdict.reasons
     low, high = verdict.score.interval_95
     assert 0 < low <= verdict.score.value <= high <= 1
@@ -72,6 +72,7 @@ def test_a_sound_submission_is_scored(submit, tmp_path):
     assert "headroom" in verdict.as_text()
 
 
+@pytest.mark.slow
 def test_the_score_is_what_the_arrays_say(submit, world):
     """Every cell again from the key's arrays, with nothing but numpy."""
     verdict = submit.verdict()
@@ -97,21 +98,42 @@ def bounds(cell, verdict):
     return edges[number], edges[number + 1]
 
 
+@pytest.mark.slow
 def test_the_score_is_the_same_again(submit):
     assert submit.verdict().as_json() == submit.verdict().as_json()
+
+
+def test_everything_that_is_wrong_is_told_at_once(submit, honest, world):
+    """Each by itself, with an honest twin of its own, is among the slow tests."""
+    (submit.folder / "model" / "notes.txt").symlink_to(world.key)
+    (submit.folder / "model" / "weights.pkl").write_bytes(pickle.dumps(Reads()))
+    with open_key(world.key) as key:
+        chip = key.record.chips[0]
+    label = {"product": "a map", "source": "satellites", "sites": ["ELSEWHERE"], "derived_from": [chip.item]}
+    edit(submit.folder, label=[label], base={"name": "other", "weights_sha256": "a" * 64}, sites=["FIELD"])
+    verdict = submit.verdict()
+    caught(verdict, "files", "notes.txt is a link")
+    caught(verdict, "files", "weights.pkl may hold a program")
+    caught(verdict, "labels", "derives from")
+    caught(verdict, "base", "declared to start from other")
+    caught(verdict, "declaration", "site ELSEWHERE")
+    caught(verdict, "acquisition", "FIELD")
+    assert verdict.ran is None, "what is turned down is not run"
+    assert not honest.reasons
 
 
 # --- learned from what is sealed -----------------------------------------------------------------------------------------
 
 
-def test_trained_on_the_sealed_chips(world, tmp_path):
+def test_trained_on_the_sealed_chips(world, honest, tmp_path):
     verdict = judged(world, trained_on(world, tmp_path, world.sites))
     caught(verdict, "ground", "overlap")
     caught(verdict, "content", "images of 4 of the 4 sealed chips")
     caught(verdict, "acquisition", "WOOD")
-    assert judged(world, world.sound).status == "scored"
+    assert honest.status == "scored"
 
 
+@pytest.mark.slow
 def test_trained_on_them_turned_rescaled_and_renamed(world, tmp_path):
     turned = np.rot90(world.sites["WOOD"][0], axes=(1, 2))
     scaled = np.stack([zoom(band, 1.25, order=1)[:256, :128] for band in turned])
@@ -123,6 +145,7 @@ def test_trained_on_them_turned_rescaled_and_renamed(world, tmp_path):
     assert honest.status == "scored", honest.reasons
 
 
+@pytest.mark.slow
 def test_trained_beside_the_sealed_ground(world, tmp_path):
     # WOOD ends at 480 128 m: nearer than the buffer of 50 m, and further.
     near = judged(world, trained_on(world, tmp_path, {"NEXT": (picture(11), 480_128.0 + 30.0)}, name="near"))
@@ -131,6 +154,7 @@ def test_trained_beside_the_sealed_ground(world, tmp_path):
     assert far.status == "scored", far.reasons
 
 
+@pytest.mark.slow
 def test_footprints_alone_are_held_against_the_exact_ground(submit, world):
     with open_key(world.key) as key:
         from shapely import from_wkb
@@ -142,6 +166,7 @@ def test_footprints_alone_are_held_against_the_exact_ground(submit, world):
     assert submit.verdict().status == "scored"
 
 
+@pytest.mark.slow
 def test_labels_from_a_product_of_the_sealed_lidar(submit, world):
     label = {"product": "a height map of the web", "source": "satellites", "sites": ["ELSEWHERE"]}
     with open_key(world.key) as key:
@@ -154,6 +179,7 @@ def test_labels_from_a_product_of_the_sealed_lidar(submit, world):
     assert submit.verdict().status == "scored"
 
 
+@pytest.mark.slow
 def test_the_sealed_heights_under_other_pictures(world, tmp_path):
     """Imagery simulated over the sealed heights: nothing of the pictures or places is shared."""
 
@@ -180,6 +206,7 @@ def test_the_sealed_heights_under_other_pictures(world, tmp_path):
 # --- another base model --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_base_model_than_declared(world, tmp_path):
     def handed_in(name, **how):
         model = retrained(world.base, tmp_path / name, sites=("ELSEWHERE",), **how)
@@ -192,6 +219,7 @@ def test_another_base_model_than_declared(world, tmp_path):
     assert trained.status == "scored", trained.reasons
 
 
+@pytest.mark.slow
 def test_another_base_model_and_saying_so(submit):
     edit(submit.folder, base={"name": "chmv2", "weights_sha256": "a" * 64})
     caught(submit.verdict(), "base", "declared to start from chmv2")
@@ -199,6 +227,7 @@ def test_another_base_model_and_saying_so(submit):
     assert submit.verdict().status == "scored"
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_base_model_scores_nothing(world, tmp_path):
     folder = tmp_path / "copy"
     write_template(read_task_of(world), folder, model=world.base, tile_sets=[], compute="none")
@@ -211,6 +240,7 @@ def test_a_copy_of_the_base_model_scores_nothing(world, tmp_path):
 # --- what is left out ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -226,6 +256,7 @@ def test_undeclared_lineage(submit, changes, words):
     caught(submit.verdict(), "declaration", words)
 
 
+@pytest.mark.slow
 def test_a_contract_that_knows_more_than_the_declaration(submit, world, tmp_path):
     extra = {"sites": ("ELSEWHERE",), "tile_sets": {"secret": "b" * 64}, "footprints_deg": ((1.0, 2.0, 3.0, 4.0),)}
     model = retrained(world.base, tmp_path / "m", noise=0.3, **extra)
@@ -235,6 +266,7 @@ def test_a_contract_that_knows_more_than_the_declaration(submit, world, tmp_path
     caught(submit.verdict(), "declaration", "footprint (1.0, 2.0, 3.0, 4.0)")
 
 
+@pytest.mark.slow
 def test_a_lineage_that_is_not_the_declared_one(submit, world):
     declared = read_submission(submit.folder).tile_set[0].model_dump()
     edit(submit.folder, tile_set=[declared | {"index_sha256": "c" * 64}])
@@ -252,14 +284,15 @@ def test_a_lineage_that_is_not_the_declared_one(submit, world):
 # --- an edited scorer, task or key ---------------------------------------------------------------------------------------
 
 
-def test_an_edited_scorer_refuses(submit, tmp_path):
+def test_an_edited_scorer_refuses(submit, honest):
     here = Scorer.here()
     edited = here.model_copy(update={"sources": here.sources | {"metrics.py": "d" * 64}})
     with pytest.raises(SealError, match=r"canopy/metrics.py is not that of the scorer"):
         submit.verdict(scorer=edited)
-    assert submit.verdict(scorer=here).status == "scored"
+    assert honest.status == "scored"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("was", "now", "words"),
     [
@@ -282,6 +315,7 @@ def test_a_doctored_task_is_named(world, submit, tmp_path, was, now, words):
         judge(folder, world.key, submit.folder, predict=BETTER)
 
 
+@pytest.mark.slow
 def test_a_doctored_image_or_leaf_is_named(world, submit, tmp_path):
     folder = tmp_path / "task"
     shutil.copytree(world.task, folder)
@@ -299,6 +333,7 @@ def test_a_doctored_image_or_leaf_is_named(world, submit, tmp_path):
 # --- reading the labels --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_links_to_the_key(submit, world):
     place = submit.folder / "model" / "notes.txt"
     place.symlink_to(world.key)
@@ -311,6 +346,7 @@ def test_links_to_the_key(submit, world):
     assert submit.verdict().status == "scored"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["../../task.key", "/etc", ".", "model/../.."])
 def test_paths_that_lead_out(submit, path):
     edit(submit.folder, path=path)
@@ -326,6 +362,7 @@ class Reads:
         return (eval, ("open('/tmp/canopy-was-here', 'w').write('x')",))
 
 
+@pytest.mark.slow
 def test_programs_and_pickles(submit):
     for name, data in (("model/extra.py", b"open('labels')"), ("model/weights.pt", pickle.dumps(Reads()))):
         (submit.folder / name).write_bytes(data)
@@ -340,6 +377,7 @@ def test_programs_and_pickles(submit):
     assert not Path("/tmp/canopy-was-here").exists()
 
 
+@pytest.mark.slow
 def test_a_key_in_the_submission_is_refused(world, submit):
     stolen = submit.folder / "model" / "notes.txt"
     shutil.copyfile(world.key, stolen)
@@ -367,6 +405,7 @@ def arrays(submit, world):
     return write
 
 
+@pytest.mark.slow
 def test_leaving_out_hard_pixels_gains_nothing(arrays):
     full = arrays(lambda truth: (0.9 * truth + 0.6).astype(np.float32))
     assert full.status == "scored"
@@ -377,11 +416,13 @@ def test_leaving_out_hard_pixels_gains_nothing(arrays):
     assert arrays(lambda truth: np.full_like(truth, np.nan)).score.value == 0
 
 
+@pytest.mark.slow
 def test_one_height_everywhere_scores_below_the_base_model(arrays):
     assert arrays(lambda truth: np.full_like(truth, 15.0)).score.value < 0
     assert arrays(lambda truth: np.float32(0.9) * truth).score.value > 0
 
 
+@pytest.mark.slow
 def test_arrays_that_are_none(arrays, submit):
     caught(arrays(lambda truth: truth.astype(np.float64)), "run", "not float32 (128, 128)")
     caught(arrays(lambda truth: truth[:-1]), "run", "float32 (127, 128), not")
@@ -392,6 +433,7 @@ def test_arrays_that_are_none(arrays, submit):
     caught(submit.verdict(), "run", "chip-1.npy is missing")
 
 
+@pytest.mark.slow
 def test_a_map_is_cut_to_the_chips(submit, world):
     """A raster over one of the sites in another CRS at another pixel size; the other site is missing."""
     from affine import Affine
@@ -418,6 +460,7 @@ def test_a_map_is_cut_to_the_chips(submit, world):
 # --- the budget ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_beyond_the_budget(submit, world, tmp_path):
     caught(submit.verdict(says(0.9, 0.6, ended="out of time", code=-9, seconds=99)), "budget", "ended after 99 s")
     caught(submit.verdict(says(0.9, 0.6, ended="out of memory", code=-9)), "budget", "100 MiB")
@@ -425,6 +468,7 @@ def test_beyond_the_budget(submit, world, tmp_path):
     assert submit.verdict().status == "scored"
 
 
+@pytest.mark.slow
 def test_more_parameters_than_the_budget(submit):
     from safetensors.numpy import load_file, save_file
 

@@ -64,6 +64,7 @@ def test_a_cell_does_not_tell_where_in_it(world):
     assert not coarse_outline(outline, 0.01).covers(moved), "with small cells it would"
 
 
+@pytest.mark.slow
 def test_positions_are_kept_where_that_is_asked_for(world, tmp_path):
     settings = SealSettings(splits=("all",), least_px=200, positions="exact")
     made = seal([world.tiles], tmp_path / "task", key=tmp_path / "key", base=world.base, predict=BASE, settings=settings)
@@ -95,6 +96,7 @@ def test_a_key_others_may_read_is_refused(world, tmp_path):
         assert key.record.task.name == "task"
 
 
+@pytest.mark.slow
 def test_the_same_secret_seals_the_same_labels(world, tmp_path):
     made = seal([world.tiles], tmp_path / "task", key=tmp_path / "key", base=world.base, predict=BASE, secret=SECRET,
                 settings=SETTINGS)  # fmt: skip
@@ -153,6 +155,7 @@ def test_the_key_cannot_be_published_or_overwritten(world, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_sealed_leaves_nothing(world, tmp_path):
     def attempt(predict=BASE, **changes):
         settings = SealSettings(**({"splits": ("all",), "least_px": 200} | changes))
@@ -172,6 +175,7 @@ def test_what_cannot_be_sealed_leaves_nothing(world, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_a_given_budget_is_the_tasks(world, tmp_path):
     limits = Limits(seconds=12.5, parameters=99, memory_mib=77, threads=1)
     settings = SealSettings(splits=("all",), least_px=200, limits=limits)
@@ -205,6 +209,7 @@ def test_the_scorer_is_what_it_says(tmp_path):
     here.refuse_other(here)
 
 
+@pytest.mark.slow
 def test_a_descendant_is_told_from_a_stranger(world, tmp_path):
     sketch = sketch_of(world.base / "weights.safetensors", SECRET)
     assert len(sketch) > 20
