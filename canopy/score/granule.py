@@ -173,7 +173,7 @@ def open_granule(path: Path, *, product: str, title: str) -> Iterator[Granule]:
             f"its place"
         )
     try:
-        file = h5py.File(path, "r")
+        file = h5py.File(path, "r", locking="best-effort")  # shared file systems may know no locks
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({_one_line(error)}); fetch it again") from error
     with file:

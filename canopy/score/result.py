@@ -367,7 +367,7 @@ class MapScore(_Value):
     worst: tuple[Place, ...] = ()
     """The squares of ground with the largest mean errors, the worst first."""
     registered: Registered | None = None
-    """None where it was not asked for, or makes no sense, as for shots."""
+    """None where it was not asked for, or makes no sense, as for field plots."""
     shots: tuple[Shot, ...] = ()
     """A sample of the shots, at most a few thousand, for a figure; empty for rasters."""
 
