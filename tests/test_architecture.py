@@ -388,7 +388,7 @@ def test_canopy_commands_of_the_readme_exist():
     assert commands
     for command, *words in commands:
         group = [command]
-        if command in {"tile", "models"}:
+        if command in {"tile", "models", "bench"}:
             group.append("build" if command == "tile" and words[0] != "inspect" else words[0])
         done = python(HELP.format(words=group, heavy=[]))
         assert done.returncode == 0, f"canopy {command}: {done.stderr}"

@@ -161,7 +161,7 @@ def judge(
     with open_key(key_path) as key:
         key.refuse_other(task, read_leaves(task_folder))
         read_chips(task_folder, task)
-        refuse_within_reach(key_path, (task_folder / IMAGES, submission_folder))
+        refuse_within_reach(key_path, (task_folder, submission_folder))
         reasons = suspicious_files(submission_folder, key_path)
         contract, problems = _contract(submission_folder, submission)
         reasons += problems

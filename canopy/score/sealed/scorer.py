@@ -44,7 +44,9 @@ class Scorer(BaseModel):
     def here(cls, package: Path | None = None) -> Self:
         """The scorer that is running, or the one whose package lies at `package`."""
         root = Path(canopy.__file__).parent if package is None else package
-        files = sorted(path for pattern in SOURCES for path in root.glob(pattern))
+        found = {pattern: sorted(root.glob(pattern)) for pattern in SOURCES}
+        assert all(found.values()), f"{[pattern for pattern, paths in found.items() if not paths]} match no source"
+        files = sorted(path for paths in found.values() for path in paths)
         return cls(
             canopy=canopy.__version__,
             sources={path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},

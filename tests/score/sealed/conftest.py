@@ -72,7 +72,16 @@ def build(folder: Path, name: str, sites: dict[str, tuple[np.ndarray, float]], *
     return build_tile_set(made, workers=1)
 
 
-def says(share: float, lift_m: float, *, seconds: float = 1.0, ended: str = "itself", code: int = 0, change=None):
+def says(
+    share: float,
+    lift_m: float,
+    *,
+    seconds: float = 1.0,
+    ended: str = "itself",
+    code: int = 0,
+    change=None,
+    means: str = "Landlock 7, no network",
+):
     """A model that says so much of the true height, and so much more; run in this process, with every file it was given."""
 
     def predict(model: Path, images: Path, out: Path, budget) -> Ran:
@@ -80,7 +89,7 @@ def says(share: float, lift_m: float, *, seconds: float = 1.0, ended: str = "its
             pixels, _ = read_raster(path)
             heights = (share * height_of(pixels.data) + lift_m).astype(np.float32)
             np.save(out / f"{path.stem}.npy", heights if change is None else change(path.stem, heights))
-        return Ran(ended=ended, code=code, seconds=seconds, memory_mib=100, said="", means="Landlock 7, no network")
+        return Ran(ended=ended, code=code, seconds=seconds, memory_mib=100, said="", means=means)
 
     return predict
 

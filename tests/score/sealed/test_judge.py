@@ -465,7 +465,15 @@ def test_beyond_the_budget(submit, world, tmp_path):
     caught(submit.verdict(says(0.9, 0.6, ended="out of time", code=-9, seconds=99)), "budget", "ended after 99 s")
     caught(submit.verdict(says(0.9, 0.6, ended="out of memory", code=-9)), "budget", "100 MiB")
     caught(submit.verdict(says(0.9, 0.6, code=1)), "run", "ended with 1")
-    assert submit.verdict().status == "scored"
+    assert not submit.verdict().notes
+
+
+@pytest.mark.slow
+def test_a_process_that_could_not_be_confined_is_told(submit):
+    means = "no means to keep it from files, the network as it is"
+    verdict = submit.verdict(says(0.9, 0.6, means=means))
+    assert verdict.status == "scored"
+    assert verdict.notes == (f"the model's process had {means}",)
 
 
 @pytest.mark.slow
