@@ -37,6 +37,9 @@ RESAMPLED_M = 120.0
 RESAMPLES = 2000
 """Resamples of a bootstrap."""
 
+LEAST_SQUARES = 6
+"""Fewest squares for a claim: of n squares that all favour one side, chance would give 2^(1-n), less than 5 % from 6 on."""
+
 
 def _usable(reference_m: NDArray[np.float64], valid: ArrayLike | None) -> NDArray[np.bool_]:
     usable = ~np.isnan(reference_m)

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from canopy.metrics import RESAMPLED_M
+from canopy.metrics import LEAST_SQUARES, RESAMPLED_M
 from canopy.model.blocks import BlockTable
 from canopy.model.package import CARD, Contract, read_contract
 from canopy.model.scores import FILE as METRICS
 from canopy.model.scores import (
-    LEAST_BLOCKS,
     ClassFigures,
     Figures,
     How,
@@ -168,7 +167,7 @@ def _figures(who: str, figures: Figures, blocks: int) -> tuple[str, ...]:
 def _next_to_forest(metrics: Metrics) -> list[str]:
     lines = [
         "Model minus random forest on the same squares: *better* or *worse* only where the 95 % interval of the difference",
-        f"leaves out 0, *as good* where it does not; from fewer than {LEAST_BLOCKS} squares nothing is claimed.",
+        f"leaves out 0, *as good* where it does not; from fewer than {LEAST_SQUARES} squares nothing is claimed.",
         "",
         *_table(
             ("site", "", "squares", "MAE m", "", "RMSE m", ""),

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 from canopy.errors import ContractError
 from canopy.metrics import (
     BLOCK_M,
+    LEAST_SQUARES,
     RESAMPLED_M,
     RESAMPLES,
     BlockSums,
@@ -32,9 +33,6 @@ from canopy.model.calibration import Coverage
 from canopy.model.evaluate import ChipResult, Heights
 
 FILE = "metrics.json"
-
-LEAST_BLOCKS = 6
-"""Fewest squares for a claim: of n squares that all favour one side, chance would give 2^(1-n), less than 5 % from 6 on."""
 
 How = Literal["unseen site", "never-used site", "held-out blocks"]
 """How a model came to be judged on a site: by the model of the run without that site; by the model itself, which has never
@@ -108,7 +106,7 @@ class Score(_Value):
     def against_forest(self, measure: Literal["mae", "rmse"] = "mae") -> Verdict:
         """Whether the model is better than the random forest: only where the interval of the difference excludes 0."""
         difference = self.mae_difference_95_m if measure == "mae" else self.rmse_difference_95_m
-        if difference is None or self.squares < LEAST_BLOCKS:
+        if difference is None or self.squares < LEAST_SQUARES:
             return "too few blocks"
         low, high = difference
         return "better" if high < 0 else "worse" if low > 0 else "as good"

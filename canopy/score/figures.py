@@ -344,7 +344,8 @@ def error_map_figure(
     places = f" The {len(worst)} worst places are outlined and numbered." if worst else ""
     averaged = f", means of {picture.side_m:g} m squares" if picture.side_px > 1 else ""
     return Drawn(
-        name=f"error_map_{name}", title=f"{name}: where it is too low (blue) and too tall (red){averaged}", png=png_of(figure),
+        name=f"error_map_{name}", png=png_of(figure),
+        title=f"{name}: where it is too low (blue) and too tall (red){averaged}",
         alt=f"Map of the error of {name}, map minus reference, means of {picture.side_m:g} m squares, unknown in grey. "
         f"{said}{places}",
     )  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 
 from canopy.errors import OutputError
+from canopy.metrics import LEAST_SQUARES
 from canopy.page import Drawn, render_page
 from canopy.score.figures import (
     ERRORS,
@@ -114,6 +115,7 @@ def report_page(result: ScoreResult, pictures: Pictures | None = None) -> str:
         heights_css=ramp_css(HEIGHTS),
         errors_css=ramp_css(ERRORS),
         held=HELD,
+        least_squares=LEAST_SQUARES,
         held_in_a_class=HELD_IN_A_CLASS,
         some=some,
         metres=metres,
@@ -263,6 +265,7 @@ def _part(number: int, comparison: Comparison, infos: dict[str, MapInfo], pictur
     ]
     chips_top_m = round_up(max((float(np.quantile(each, 0.99)) for each in heights_m if each.size), default=5.0))
     axis = {"als": "reference", "gedi": "GEDI RH98", "atl08": "ICESat-2 height", "plots": "plot height"}
+    squares = comparison.maps[0].measures.squares
     kinds: dict[str, list[Drawn]] = {}
     shown = []
     for score in comparison.maps:
@@ -310,7 +313,7 @@ def _part(number: int, comparison: Comparison, infos: dict[str, MapInfo], pictur
         coarse_of="Blocks, edges and tree cover"
         if any(score.blocks or score.edges for score in comparison.maps)
         else "Tree cover",
-        verdicts=tuple((difference, verdict(difference)) for difference in comparison.differences),
+        verdicts=tuple((difference, verdict(difference, squares)) for difference in comparison.differences),
         scale=scale,
         top_m=chips_top_m,
         sure=comparison.maps[0].measures.mae_m.interval_95 is not None,
@@ -401,6 +404,8 @@ def _summary(score: MapScore, info: MapInfo, comparison: Comparison, unit: str) 
         said += _held(score.intervals, unit)
     if measures.mae_m.interval_95 is None:
         said.append("How sure these numbers are cannot be said: intervals need at least two squares of ground.")
+    elif measures.squares < LEAST_SQUARES:
+        said.append(f"Intervals from fewer than {LEAST_SQUARES} squares of ground are too narrow to be trusted.")
     return tuple(_unbroken(sentence) for sentence in said)
 
 
@@ -467,12 +472,17 @@ def _off(coverage: Estimate, promised: float, tolerance: float) -> int:
     return -1 if coverage.value < promised else 1
 
 
-def verdict(difference: Difference) -> str:
-    """Which of two maps is better, claimed only where the interval of the difference excludes 0."""
-    return _unbroken(_verdict(difference))
+def verdict(difference: Difference, squares: int) -> str:
+    """Which of two maps is better, claimed only where the interval of the difference excludes 0.
+
+    Args:
+        difference: Of the two.
+        squares: Squares of ground that the interval was drawn from; it is not trusted where they are few.
+    """
+    return _unbroken(_verdict(difference, squares))
 
 
-def _verdict(difference: Difference) -> str:
+def _verdict(difference: Difference, squares: int) -> str:
     first, other, mae = f"“{difference.first}”", f"“{difference.other}”", difference.mae_m
     if mae.value is None:
         return f"{first} and {other} cannot be compared: they have no pixels in common."
@@ -482,6 +492,12 @@ def _verdict(difference: Difference) -> str:
         return (
             f"The mean absolute error of {first} is {size} {way} than that of {other} here; without an interval it is not "
             "claimed that it would be elsewhere."
+        )
+    if squares < LEAST_SQUARES:
+        way = "smaller" if mae.value < 0 else "larger"
+        return (
+            f"The mean absolute error of {first} is {size} {way} than that of {other} here; from fewer than {LEAST_SQUARES} "
+            "squares of ground it is not claimed that it would be elsewhere."
         )
     low, high = mae.interval_95
     ends = f"95 % interval of the difference {span(mae, signed)} m"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from canopy.errors import ContractError
-from canopy.metrics import BlockSums, EdgeSums, HeightSums, by_class
+from canopy.metrics import LEAST_SQUARES, BlockSums, EdgeSums, HeightSums, by_class
 from canopy.model.evaluate import ChipResult
-from canopy.model.scores import FILE, LEAST_BLOCKS, Metrics, metrics_text, read_metrics, score_sites
+from canopy.model.scores import FILE, Metrics, metrics_text, read_metrics, score_sites
 
 EDGES = (2.0, 10.0)
 
@@ -104,7 +104,7 @@ def test_a_plot_is_one_observation_and_a_large_chip_is_cut(shape, squares):
         (2.0, 3.0, 8, "better"),
         (3.0, 2.0, 8, "worse"),
         (3.0, 3.0, 8, "as good"),
-        (2.0, 3.0, LEAST_BLOCKS - 1, "too few blocks"),
+        (2.0, 3.0, LEAST_SQUARES - 1, "too few blocks"),
         (2.0, 3.0, 1, "too few blocks"),
     ],
 )

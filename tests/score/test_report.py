@@ -569,7 +569,7 @@ def estimate(value, *interval):
 )
 def test_a_map_is_better_only_where_the_interval_says_so(mae, words):
     none = estimate(0.0)
-    said = verdict(Difference(first="A", other="B", mae_m=mae, rmse_m=none, r2=none, bias_m=none))
+    said = verdict(Difference(first="A", other="B", mae_m=mae, rmse_m=none, r2=none, bias_m=none), 6)
     assert words in " ".join(said.split())
     assert ("is better than" in said) == (mae.interval_95 is not None and (mae.interval_95[1] < 0 or mae.interval_95[0] > 0))
 
@@ -598,6 +598,20 @@ def test_intervals_hold_where_their_coverage_allows_it(coverage, words):
     assert ("7.00 m wide" in said[0]) == (coverage.value is not None)
     if coverage.value is not None:
         assert said[1] == "They hold too few where the map says 2–5 m (60.0 %)."
+
+
+def test_few_squares_claim_nothing(tmp_path, unrendered):
+    none = estimate(0.0)
+    difference = Difference(first="A", other="B", mae_m=estimate(-0.5, -0.8, -0.2), rmse_m=none, r2=none, bias_m=none)
+    assert "is better than" in verdict(difference, 6)
+    few = verdict(difference, 5)
+    assert "is better than" not in few
+    assert "from fewer than 6 squares of ground it is not claimed" in few
+    result, pictures = result_of(Case(side=40, maps=("region", "ETH 10 m"), places=False))
+    assert result.comparisons[0].maps[0].measures.squares == 4
+    text = Page(write_report(result, tmp_path, pictures).read_text(encoding="utf-8")).text
+    assert "Intervals from fewer than 6 squares of ground are too narrow to be trusted." in text
+    assert "is better than" not in text
 
 
 def test_a_bias_is_named_only_where_it_is_shown():
