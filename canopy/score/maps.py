@@ -52,7 +52,7 @@ class GivenMap:
         """`PATH[,name=…][,band=…][,unit=…][,date=…][,statistic=…]`, as the command line takes it.
 
         Raises:
-            ScoreError: a number is none, or a day no day.
+            ScoreError: a number is none.
         """
         rest, options = text, {}
         while "," in rest:
@@ -67,8 +67,8 @@ class GivenMap:
         except ValueError as error:
             raise ScoreError(f"map {text!r}: band and unit are numbers; give for example {rest},band=1,unit=0.1") from error
         return cls(
-            path=Path(rest), band=band, unit_m=unit_m, name=options.get("name"),
-            date=_checked_date(options.get("date")), statistic=options.get("statistic"),
+            path=Path(rest), band=band, unit_m=unit_m, name=options.get("name"), date=options.get("date"),
+            statistic=options.get("statistic"),
         )  # fmt: skip
 
 
@@ -91,6 +91,7 @@ def open_maps(given: Sequence[GivenMap], pool: RasterPool) -> list[OpenMap]:
 
     Raises:
         OutputError: a folder holds no finished map.
+        ScoreError: a date is none, or a band or unit is given for a map that has its own.
         RasterError: a raster is unreadable, has no CRS, or heights in a unit that is not known.
     """
     opened: list[OpenMap] = []
@@ -110,6 +111,7 @@ def open_maps(given: Sequence[GivenMap], pool: RasterPool) -> list[OpenMap]:
 
 
 def _open(given: GivenMap, pool: RasterPool) -> OpenMap:
+    checked_date(given.date, f"date of {given.path}")
     folder = _folder_of_map(given.path)
     return _open_product(given, pool) if folder is None else _open_output(given, folder, pool)
 
@@ -336,10 +338,6 @@ def _day(text: str, *, last: bool) -> date:
     if len(text) == 4:
         return date(int(text), 12, 31) if last else date(int(text), 1, 1)
     return date.fromisoformat(text)
-
-
-def _checked_date(text: str | None) -> str | None:
-    return checked_date(text, "date")
 
 
 def checked_date(text: str | None, option: str) -> str | None:

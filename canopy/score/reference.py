@@ -11,7 +11,7 @@ from pyproj.exceptions import CRSError
 from canopy.errors import NoCrsError, RasterError, ScoreError
 from canopy.raster import RasterPool, open_raster
 from canopy.score.cells import HeightRasters
-from canopy.score.maps import as_date, ends_of, open_heights, sample_m
+from canopy.score.maps import as_date, checked_date, ends_of, open_heights, sample_m
 from canopy.score.result import MapInfo, ReferenceInfo, Statistic
 from canopy.tiler.headers import NO_DATE, LocalPaths, find_files, read_headers
 from canopy.tiler.heights import MAX_BELOW_GROUND_M, MAX_HEIGHT_M, refuse_implausible
@@ -81,9 +81,10 @@ def open_reference(given: GivenReference, pool: RasterPool) -> OpenReference:
     """Open lidar heights for reading.
 
     Raises:
-        ScoreError: the CRS that is given is none.
+        ScoreError: the CRS or the day that is given is none.
         RasterError: unreadable; without a CRS; or values that cannot be heights in the unit found.
     """
+    checked_date(given.date, "--reference-date")
     paths, name, _ = find_files(given.paths)
     crs = _crs(given.crs)
     lacking = [path for path in paths if _names_no_crs(path)]

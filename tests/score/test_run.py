@@ -421,8 +421,8 @@ def test_errors_are_one_line(slip, tmp_path):
     assert "--gsd -1" in str(refusal(out, chm, gsd_m=-1))
     assert "does not exist" in str(refusal(out, tmp_path / "none.tif"))
     assert "holds no finished map" in str(refusal(unfinished(tmp_path), chm))
-    with pytest.raises(ScoreError, match="neither a day nor a year"):
-        GivenMap.parse("map,date=soon")
+    assert "neither a day nor a year" in str(refusal(GivenMap.parse(f"{out},date=soon"), chm))
+    assert "whose heights are metres in band 1" in str(refusal(GivenMap.parse(f"{out},unit=0.1"), chm))
 
 
 def unfinished(tmp_path):
