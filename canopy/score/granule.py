@@ -142,7 +142,7 @@ class Granule:
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
             raise SourceError(
-                f"{self.path}: {name} is {seconds[first]:g} s, which since {np.datetime64(EPOCH, 'D')} makes {days[first]}, "
+                f"{self.path}: {name} is {seconds[first]:g} s, which since {EPOCH.astype('datetime64[D]')} makes {days[first]}, "
                 f"and nothing was measured before {_FIRST_DAY}; give the product as delivered"
             )
         return days

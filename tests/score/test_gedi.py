@@ -50,10 +50,15 @@ def granule(samples, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def real(granule):
+    return read_gedi(granule)
+
+
 # --- the real granule
 
 
-def test_the_real_granule_counts_as_plain_h5py_does(granule):
+def test_the_real_granule_counts_as_plain_h5py_does(granule, real):
     beams, left = 0, []
     with h5py.File(granule) as file:
         names = [name for name in file if name.startswith("BEAM")]
@@ -69,7 +74,7 @@ def test_the_real_granule_counts_as_plain_h5py_does(granule):
             left.extend(
                 zip(beam["shot_number"][good].astype(str), beam["rh"][good, 98], beam["lon_lowestmode"][good], strict=True)
             )
-    shots = read_gedi(granule)
+    shots = real
     assert (shots.read, len(shots)) == (read, len(left)) == (301, 188)
     assert shots.dropped[COVERAGE] == beams == 113
     assert sum(shots.dropped.values()) == beams
@@ -84,9 +89,9 @@ def test_the_real_granule_counts_as_plain_h5py_does(granule):
     assert (len(weak), weak.dropped[SENSITIVITY]) == (188 + 59, 54)
 
 
-def test_the_real_granule_in_parts(granule):
+def test_the_real_granule_in_parts(granule, real):
     """The rows of a rectangle are those of the whole; and by 99 % of sensitivity hardly a shot is good enough."""
-    shots = read_gedi(granule)
+    shots = real
     bounds = (-44.13, -13.735, -44.12, -13.725)
     part = read_gedi(granule, GediSettings(bounds_deg=bounds))
     lon, lat = shots.lonlat_deg
@@ -101,9 +106,9 @@ def test_the_real_granule_in_parts(granule):
     assert len(read_gedi(granule, GediSettings(least_sensitivity=0.99))) == 0
 
 
-def test_the_real_granule_and_a_map_of_its_heights(granule, tmp_path):
+def test_the_real_granule_and_a_map_of_its_heights(real, tmp_path):
     """A map with a stand of each shot's RH98 around it scores without an error; moved by 35 m it does not."""
-    shots = read_gedi(granule)
+    shots = real
     crs = CRS.from_epsg(32723)
     x, y = Transformer.from_crs(shots.crs, crs, always_xy=True).transform(shots.x, shots.y)
     left, top = np.floor(x.min()) - 50, np.ceil(y.max()) + 50
