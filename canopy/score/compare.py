@@ -105,14 +105,20 @@ def count(
 
 
 def _tiles(box: Box, cut: Squares, tile_px: int, extents: Sequence[Sequence[Box]]) -> Iterator[Box]:
-    """Whole squares of ground that together cover `box`, but those where a map or the reference has no file."""
+    """Tiles of whole squares of ground that cover `box`, but those where the map or the reference has no file."""
     side = max(1, tile_px // cut.side_px) * cut.side_px
     rows, cols = (range(a // side, (b - 1) // side + 1) for a, b in ((box.row0, box.row1), (box.col0, box.col1)))
     for row, col in product(rows, cols):
         tile = Box(row * side, col * side, (row + 1) * side, (col + 1) * side)
         inside = tile.intersect(box)
         if inside is not None and all(any(inside.intersect(each) is not None for each in boxes) for boxes in extents):
-            yield tile
+            yield _whole_squares(inside, cut.side_px)
+
+
+def _whole_squares(box: Box, side: int) -> Box:
+    """The squares that a box touches."""
+    row0, col0, row1, col1 = box.row0 // side, box.col0 // side, (box.row1 - 1) // side, (box.col1 - 1) // side
+    return Box(row0 * side, col0 * side, (row1 + 1) * side, (col1 + 1) * side)
 
 
 def _count_tile(

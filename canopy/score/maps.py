@@ -177,8 +177,10 @@ def _bounds(path: Path, pool: RasterPool) -> tuple[HeightRasters, HeightRasters]
     for name in BOUNDS:
         if name not in names:
             raise RasterError(f"{path} has no band {name}, only {names}; make the map again, or move the file away")
+    files = read_headers([path])
     lower, upper = (
-        _rasters([path], pool, band=names.index(name) + 1, unit_m=None, option="unit", crs_if_none=None) for name in BOUNDS
+        open_heights(files, pool, band=names.index(name) + 1, unit_m=None, option="unit", crs_if_none=None, judged=False)
+        for name in BOUNDS
     )
     return lower, upper
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from canopy import __version__
 from canopy.errors import OutputError, ScoreError
-from canopy.metrics import RESAMPLED_M, RESAMPLES
+from canopy.metrics import LEAST_SQUARES, RESAMPLED_M, RESAMPLES
 from canopy.raster import RasterPool
 from canopy.score.cells import bounds_deg
 from canopy.score.leaks import leaks_of_ground, leaks_of_shots, lineage_text, refuse_leaks
@@ -32,9 +32,6 @@ PAGE: Final = "report.html"
 
 OPEN_FILES: Final = 64
 """Rasters that are kept open."""
-
-FEW_SQUARES: Final = 6
-"""With fewer squares of ground no interval means much: of n squares that all favour one side, chance gives 2^(1-n)."""
 
 MUCH_MISSING: Final = 0.05
 """Share of the reference beyond which what a map lacks is worth a warning."""
@@ -265,7 +262,7 @@ def _warnings(maps: Sequence[OpenMap], comparisons: Sequence[Comparison], leaks:
                     f"{comparison.title}: {score.name} lacks {score.n_missing / comparison.n_reference:.1%} of what the "
                     f"reference has; its score is of the rest"
                 )
-        if comparison.maps[0].measures.squares < FEW_SQUARES:
+        if comparison.maps[0].measures.squares < LEAST_SQUARES:
             found.append(
                 f"{comparison.title}: {comparison.maps[0].measures.squares} squares of ground are too few for intervals to "
                 f"mean much"

@@ -167,6 +167,7 @@ def test_a_real_map_against_its_lidar(samples, tmp_path):
     assert score.intervals.overall.coverage.value == pytest.approx(held[both].mean(), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_the_real_ten_metre_product(samples, tmp_path):
     """The ETH clip, in degrees and whole metres, against heights laid out from itself in UTM: right where it is, and not
     when it is moved by two of its pixels."""
@@ -199,6 +200,7 @@ def test_the_real_ten_metre_product(samples, tmp_path):
     assert alone.reference_resampled.startswith("98th percentiles of 10 x 10 points")
 
 
+@pytest.mark.slow
 def test_the_real_heights_without_a_crs(samples, tmp_path):
     """Cauaxi 2012 against 2014: refused with the remedy, compared once it is said where they are."""
     from canopy.errors import NoCrsError
