@@ -21,6 +21,8 @@ SUFFIXES: Final = (".h5", ".hdf5")
 EPOCH: Final = np.datetime64("2018-01-01T00:00:00", "ms")
 """Where `delta_time` starts for both missions, UTC; there has been no leap second since."""
 
+EPOCH_DAY: Final = EPOCH.astype("datetime64[D]")
+
 _FIRST_DAY: Final = np.datetime64("2018-10-01")
 """ICESat-2 measures from October 2018 on, GEDI from March 2019 on: an earlier day is no day in seconds since the epoch."""
 _LAST_DAY: Final = np.datetime64("2100-01-01")
@@ -142,7 +144,7 @@ class Granule:
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
             raise SourceError(
-                f"{self.path}: {name} is {seconds[first]:g} s, which since {EPOCH.astype('datetime64[D]')} makes {days[first]}, "
+                f"{self.path}: {name} is {seconds[first]:g} s, which since {EPOCH_DAY} makes {days[first]}, "
                 f"and nothing was measured before {_FIRST_DAY}; give the product as delivered"
             )
         return days
