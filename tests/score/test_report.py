@@ -757,7 +757,8 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium on this machine")
-    result, pictures = result_of(CASES["two maps, lidar and shots"])
+    long = "a_region_with_a_very_long_name_of_a_folder_of_2026_11_22"
+    result, pictures = result_of(Case(maps=(long, "ETH 10 m"), references=("als", "gedi")))
     path = write_report(result, tmp_path, pictures)
     # Windows of headless Chromium are at least 500 px wide; a frame may be narrower.
     (tmp_path / "frame.html").write_text(
