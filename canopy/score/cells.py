@@ -102,6 +102,13 @@ class _Layer:
     crs: CRS
     grid: PixelGrid
     placed: tuple[_Placed, ...]
+    boxes: NDArray[np.int64]
+    """(file, 4): their corners, as of a `Box`."""
+
+    @classmethod
+    def of(cls, grid: PixelGrid, files: Sequence[ImageFile]) -> _Layer:
+        placed = tuple(_place(file) for file in files)
+        return cls(crs=files[0].grid.crs, grid=grid, placed=placed, boxes=corners([each.box for each in placed]))
 
     @property
     def gsd_m(self) -> float:
@@ -145,10 +152,7 @@ class HeightRasters:
         by_grid: dict[PixelGrid, list[ImageFile]] = defaultdict(list)
         for file in self.files:
             by_grid[file.pixel_grid].append(file)
-        self._layers = tuple(
-            _Layer(crs=some[0].grid.crs, grid=grid, placed=tuple(_place(file) for file in some))
-            for grid, some in by_grid.items()
-        )
+        self._layers = tuple(_Layer.of(grid, some) for grid, some in by_grid.items())
 
     @property
     def gsd_m(self) -> float:
@@ -261,10 +265,10 @@ class HeightRasters:
     def _native(self, layer: _Layer, box: Box) -> NDArray[np.float64] | None:
         """(row, col) heights of pixels in metres, NaN where unknown; None where the layer has no file."""
         out: NDArray[np.float64] | None = None
-        for placed in layer.placed:
+        for index in np.flatnonzero(touched(layer.boxes, box)).tolist():
+            placed = layer.placed[index]
             part = placed.box.intersect(box)
-            if part is None:
-                continue
+            assert part is not None, f"{placed.file.path} misses {box}"
             if out is None:
                 out = np.full(box.shape, np.nan)
             here = part.slices_in(box)
@@ -279,6 +283,17 @@ class HeightRasters:
             take = left & pixels.valid
             out[here][take] = pixels.data[0][take].astype(np.float64) * scale + offset
         return out
+
+
+def corners(boxes: Sequence[Box]) -> NDArray[np.int64]:
+    """(box, 4): row0, col0, row1 and col1 of boxes."""
+    return np.array([(box.row0, box.col0, box.row1, box.col1) for box in boxes], dtype=np.int64).reshape(-1, 4)
+
+
+def touched(boxes: NDArray[np.int64], box: Box) -> NDArray[np.bool_]:
+    """(box,) which of many boxes have a pixel in common with one."""
+    row0, col0, row1, col1 = boxes.T
+    return np.asarray((row0 < box.row1) & (row1 > box.row0) & (col0 < box.col1) & (col1 > box.col0))
 
 
 def _place(file: ImageFile) -> _Placed:

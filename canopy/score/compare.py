@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from canopy.grid import Box
 from canopy.metrics import CLASS_EDGES_M, class_index
-from canopy.score.cells import Cells, HeightRasters
+from canopy.score.cells import Cells, HeightRasters, corners, touched
 from canopy.score.pictures import ErrorMap, ErrorMapSums
 from canopy.score.registration import Site
 from canopy.score.result import Shift, Statistic
@@ -95,7 +95,8 @@ def count(
         registered=tuple(MapSums(cut, edges_m=ground.edges_m) if each.moves else None for each in maps),
         errors=(),
     )
-    tiles = list(_tiles(box, cut, tile_px, [maps[0].height.boxes_on(cells), reference.boxes_on(cells)]))
+    extents = [corners(rasters.boxes_on(cells)) for rasters in (maps[0].height, reference)]
+    tiles = list(_tiles(box, cut, tile_px, extents))
     for number, tile in enumerate(tiles):
         _count_tile(counted, maps, reference, ground, tile=tile, pictures=pictures)
         if progress is not None:
@@ -104,14 +105,14 @@ def count(
     return counted
 
 
-def _tiles(box: Box, cut: Squares, tile_px: int, extents: Sequence[Sequence[Box]]) -> Iterator[Box]:
+def _tiles(box: Box, cut: Squares, tile_px: int, extents: Sequence[NDArray[np.int64]]) -> Iterator[Box]:
     """Tiles of whole squares of ground that cover `box`, but those where the map or the reference has no file."""
     side = max(1, tile_px // cut.side_px) * cut.side_px
     rows, cols = (range(a // side, (b - 1) // side + 1) for a, b in ((box.row0, box.row1), (box.col0, box.col1)))
     for row, col in product(rows, cols):
         tile = Box(row * side, col * side, (row + 1) * side, (col + 1) * side)
         inside = tile.intersect(box)
-        if inside is not None and all(any(inside.intersect(each) is not None for each in boxes) for boxes in extents):
+        if inside is not None and all(touched(boxes, inside).any() for boxes in extents):
             yield _whole_squares(inside, cut.side_px)
 
 

@@ -20,7 +20,7 @@ from scipy.signal.windows import tukey
 from skimage.registration import phase_cross_correlation
 
 from canopy.grid import Box
-from canopy.score.cells import Cells, HeightRasters
+from canopy.score.cells import Cells, HeightRasters, corners, touched
 from canopy.score.result import Shift, Statistic
 
 COARSEST_GSD_M = 2.5
@@ -81,17 +81,16 @@ class Site:
 
 def sites_of(paths: Sequence[Path], boxes: Sequence[Box]) -> list[Site]:
     """Files that touch or overlap, put together; each site is called after its first file."""
-    left = list(range(len(boxes)))
+    left, places = np.ones(len(boxes), bool), corners(boxes)
     sites = []
-    while left:
-        found, todo = [], [left.pop(0)]
+    while left.any():
+        todo, found = [int(np.flatnonzero(left)[0])], []
+        left[todo[0]] = False
         while todo:
-            one = todo.pop()
-            found.append(one)
-            wide = _widened(boxes[one])
-            near = [other for other in left if wide.intersect(boxes[other]) is not None]
-            left = [other for other in left if other not in near]
-            todo += near
+            found.append(todo.pop())
+            near = np.flatnonzero(left & touched(places, _widened(boxes[found[-1]])))
+            left[near] = False
+            todo += near.tolist()
         found.sort()
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         sites.append(Site(name=f"{paths[found[0]].name}{more}", boxes=tuple(boxes[k] for k in found)))

@@ -266,9 +266,15 @@ def measured(rough, **options):
     )
 
 
-def test_equals_numpy(rough):
+@pytest.fixture(scope="module")
+def whole(rough):
+    """Its score, read in one piece."""
+    return measured(rough)
+
+
+def test_equals_numpy(rough, whole):
     found, other, true = (a.astype(float) for a in rough["arrays"])
-    (comparison,) = measured(rough).comparisons
+    (comparison,) = whole.comparisons
     both = np.isfinite(found) & np.isfinite(other) & np.isfinite(true)
     assert comparison.reference_resampled.startswith("means of 2 x 2 pixels")
     for heights, score in zip((found, other), comparison.maps, strict=True):
@@ -296,11 +302,9 @@ def test_equals_numpy(rough):
     assert second.measures.mae_m.value == pytest.approx(np.abs(other - true)[both & classes].mean(), rel=1e-12)
 
 
-@pytest.mark.parametrize("tile_px", [24, 48])
-def test_in_pieces_as_in_one(rough, monkeypatch, tile_px):
+def test_in_pieces_as_in_one(rough, whole, monkeypatch):
     """Tiles of any size give the same score to the last bit, but for two curves whose sums follow the tiles."""
-    whole = measured(rough)
-    monkeypatch.setattr(compare_module.count, "__kwdefaults__", {"tile_px": tile_px, "progress": None})
+    monkeypatch.setattr(compare_module.count, "__kwdefaults__", {"tile_px": 24, "progress": None})
     pieces = measured(rough)
 
     curves = {"comparisons": {"__all__": {"maps": {"__all__": {"residuals", "intervals"}}}}}
@@ -327,12 +331,9 @@ def test_moved_by_whole_squares_the_score_is_the_same(rough, tmp_path):
     assert near.edges == far.edges
 
 
-def test_too_many_squares_are_put_together(rough, monkeypatch):
+def test_too_many_squares_are_put_together(rough, whole, monkeypatch):
     monkeypatch.setattr("canopy.score.sums.MOST_SQUARES", 9)
-    whole = measured(rough)
-    monkeypatch.undo()
-    few = measured(rough)
-    (a,), (b,) = whole.comparisons, few.comparisons
+    (a,), (b,) = measured(rough).comparisons, whole.comparisons
     assert (a.square_m, b.square_m) == (240, 120)
     assert a.maps[0].measures.squares < b.maps[0].measures.squares
     assert a.maps[0].measures.mae_m.value == pytest.approx(b.maps[0].measures.mae_m.value, rel=1e-12)
