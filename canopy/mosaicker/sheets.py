@@ -243,6 +243,8 @@ def _index(
         total = merge(total, getattr(sheet, kind))
     band_tags = [band.tags(math.prod(extent.shape)) for band in total]
     files = [(sheet_extent(sheet.box), sheet.path(out, kind)) for sheet in sheets]
+    # A process that was killed leaves its parts, and a GeoPackage written over another one counts its changes.
+    delete(*out.glob(f".part.{kind}.*"))
     try:
         has_overviews = _write_overviews(
             parts[".vrt.ovr"], files, names, lattice=lattice, extent=extent, factors=factors, tags=tags, threads=threads

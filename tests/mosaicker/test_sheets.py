@@ -251,6 +251,16 @@ def test_the_same_map_is_the_same_bytes(made, tmp_path):
         assert (out / file).read_bytes() == (other / file).read_bytes(), file
 
 
+def test_what_a_killed_process_left_changes_nothing(made, tmp_path):
+    out, sheets = made
+    shutil.copytree(out, tmp_path / "out")
+    for path in sorted((tmp_path / "out").glob("height.*")):
+        path.rename(path.with_name(f".part.{path.name}"))
+    index(tmp_path / "out", sheets)
+    for path in out.glob("height.*"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 def test_a_sheet_goes_on_record(made):
     adapter = TypeAdapter(PublishedSheet)
     for sheet in made[1]:
