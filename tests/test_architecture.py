@@ -34,6 +34,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 TORCH_FREE = (
     "errors", "settings", "grid", "heap", "textfile", "raster", "metrics", "page", "tiler",
+    "model.squares", "model.shift",
     "mosaicker.blend", "mosaicker.publish", "mosaicker.sheets", "mosaicker.quantum", "mosaicker.vrt", "mosaicker.gti",
 )  # fmt: skip
 TORCH_FAMILY = {

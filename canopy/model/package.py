@@ -4,6 +4,7 @@
     weights.safetensors   the network's parameters and buffers
     card.md               the same for people
     fixture.safetensors   `image` in the contract's units, and the `mean_m` and `spread_m` that must come out
+    shift.safetensors     where the calibration data are described: what they look like (see `canopy.model.shift`)
 
 Loading is strict: a folder that is not exactly that is refused with one line that names the file and the remedy.
 """
@@ -40,6 +41,8 @@ from canopy.model.blocks import BlockTable
 from canopy.model.calibration import CalibrationTable
 from canopy.model.distribution import HeightDistribution
 from canopy.model.network import HeightNetwork, NetworkConfig, weights_to_come
+from canopy.model.shift import FILE as SHIFT
+from canopy.model.shift import ShiftReference, load_shift, save_shift
 from canopy.settings import read_settings
 from canopy.textfile import write_text
 
@@ -142,6 +145,8 @@ class Contract(BaseModel):
     """How the weights are stored; they are computed with in float32 either way."""
     weights_sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
     """SHA-256 of the weight file; filled in by `save_model`."""
+    shift_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the description of the calibration data; None: there is none, and maps say that shift was not measured."""
     canopy_version: str = ""
     """Version of canopy that wrote the folder; filled in by `save_model`."""
 
@@ -217,6 +222,8 @@ class HeightModel:
     device: torch.device
     precision: Precision = "float32"
     """What the network's parameters and activations are."""
+    shift: ShiftReference | None = None
+    """What the calibration data look like; None: not known."""
     compiled: _Compiled | None = None
     """What runs instead of `network`; None: the network itself does."""
 
@@ -499,6 +506,7 @@ def save_model(
     card: str,
     fixture_image: Tensor | NDArray[Any],
     beside: Mapping[str, str] | None = None,
+    shift: ShiftReference | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes a model folder and returns its path.
@@ -514,6 +522,7 @@ def save_model(
         card: text of card.md.
         fixture_image: (band, row, col) in the contract's units, sides multiples of 32 px; 64 px of real imagery do.
         beside: texts of further files by their names.
+        shift: what the calibration data look like; its digest is filled into the contract.
         overwrite: replace the model that is in `folder`.
 
     Raises:
@@ -542,8 +551,11 @@ def save_model(
         )
         save_file(state, stage / WEIGHTS)
         contract = contract.model_copy(
-            update={"weights_sha256": file_sha256(stage / WEIGHTS), "canopy_version": canopy.__version__}
-        )
+            update={
+                "weights_sha256": file_sha256(stage / WEIGHTS), "canopy_version": canopy.__version__,
+                "shift_sha256": None if shift is None else file_sha256(save_shift(stage, shift)),
+            }
+        )  # fmt: skip
         (stage / CONTRACT).write_text(tomli_w.dumps(contract.model_dump(exclude_none=True)), encoding="utf-8")
         for name, text in {CARD: card, **(beside or {})}.items():
             (stage / name).write_text(text, encoding="utf-8")
@@ -583,7 +595,8 @@ def _staged(folder: Path) -> Iterator[Path]:
         stage.mkdir(parents=True)
         yield stage
         if folder.exists():
-            (folder / CONTRACT).unlink(missing_ok=True)
+            for name in (CONTRACT, SHIFT):  # what describes the model that was there, whether or not it has a successor
+                (folder / name).unlink(missing_ok=True)
             for path in sorted(stage.iterdir(), key=lambda path: path.name == CONTRACT):
                 path.replace(folder / path.name)
         else:
@@ -728,7 +741,19 @@ def _load_unchecked(folder: Path, device: torch.device) -> HeightModel:
         raise DeviceMemoryError(
             f"{device} has not enough memory for {contract.name}; choose a smaller model, or --device cpu"
         ) from error
-    return HeightModel(contract=contract, network=network, device=device)
+    return HeightModel(contract=contract, network=network, device=device, shift=_read_shift(folder, contract))
+
+
+def _read_shift(folder: Path, contract: Contract) -> ShiftReference | None:
+    path = folder / SHIFT
+    if contract.shift_sha256 is None:
+        if path.exists():
+            raise ContractError(f"{path} is not in {CONTRACT}; remove it, or calibrate the model with canopy calibrate")
+        return None
+    reference = load_shift(path)
+    if file_sha256(path) != contract.shift_sha256 or reference.bands != len(contract.bands):
+        raise ContractError(f"{path} is not the file that {CONTRACT} names; fetch the model again")
+    return reference
 
 
 def _check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], storage: str) -> None:
