@@ -508,6 +508,8 @@ def _kept(out: Path) -> Iterator[None]:
 
 
 def _show_map(result: Any, *, as_json: bool) -> None:
+    from canopy.region.shift import shift_line
+
     run = json.loads(result.run.read_text())
     if as_json:
         _print_json({"height": str(result.height), "error": str(result.error), "run": run})
@@ -523,6 +525,8 @@ def _show_map(result: Any, *, as_json: bool) -> None:
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took["stages_s"].items())
     typer.echo(f"{result.height}\n{result.error}\n{result.run}")
     typer.echo(f"{took['wall_s']:.1f} s ({stages}); {took['km2_per_h']:.1f} km²/h, bound by {took['bound_by']}")
+    if (line := shift_line(run["shift"])) is not None:
+        typer.echo(line)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from torch import Tensor
 from canopy.errors import ContractError
 from canopy.model.calibration import CalibrationTable
 from canopy.model.package import Contract, HeightModel, find_model, load_model
+from canopy.model.shift import ShiftReference
 from canopy.model.tables import Calibrated, Member
 
 Tta = Literal["none", "flips", "d4"]
@@ -181,6 +182,26 @@ class Ensemble:
         return Calibrated(
             members=tuple(members), tta=self.tta, tile_sets={}, pixels=self.calibration, blocks=self.contract.blocks
         )
+
+    @property
+    def shift(self) -> ShiftReference | None:
+        """What the calibration data look like; None: not known, see `unmeasured`.
+
+        Why none for several opinions: what the model predicts is a part of what is compared. Nor for other tables than the
+        model's own, which were fitted on other data.
+        """
+        return self.models[0].shift if self.members == 1 and self.given is None else None
+
+    @property
+    def unmeasured(self) -> str | None:
+        """Why it is not known how unlike the calibration data a place is, None where it is."""
+        if self.shift is not None:
+            return None
+        if self.given is not None:
+            return "the intervals are from tables given for this map, which do not say what their calibration data look like"
+        if self.members == 1 or all(model.shift is None for model in self.models):
+            return f"{self.name} has no description of calibration data"
+        return f"such a description is of one model on windows as they are, not of the mean of {self.members} predictions"
 
     @property
     def uncalibrated(self) -> str | None:

@@ -54,7 +54,7 @@ def write_gti(
     domain = ET.SubElement(root, "Metadata", domain="xml:GTI", format="xml")
     domain.append(_description(grid, band_names, tags, band_tags))
     try:
-        with _dated(_NO_DATE):
+        with undated():
             # Any item makes pyogrio create the tables of metadata; GDAL's own text then takes its place.
             pyogrio.write_dataframe(files, path, layer=_LAYER, driver="GPKG", layer_metadata={"AREA_OR_POINT": "Area"})
         # pyogrio hands GDAL no domain of metadata but the default one, in which bands have no names and no statistics.
@@ -66,12 +66,12 @@ def write_gti(
 
 
 @contextmanager
-def _dated(date: str) -> Iterator[None]:
-    """Has GDAL write this date into a GeoPackage instead of the present."""
+def undated() -> Iterator[None]:
+    """Has GDAL write the same date into every GeoPackage instead of the present."""
     import pyogrio
 
     before = pyogrio.get_gdal_config_option("OGR_CURRENT_DATE")
-    pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": date})
+    pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": _NO_DATE})
     try:
         yield
     finally:

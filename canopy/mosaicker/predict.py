@@ -41,9 +41,11 @@ STRIP_ROWS = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """A finished strip and the validity of its imagery."""
+    """A finished strip and its imagery."""
 
     strip: Strip
+    image: NDArray[Any]
+    """(band, row, col) in the contract's units; a view of what is read anyway."""
     valid: NDArray[np.bool_]
     """(row, col) True where the imagery is usable; where such a pixel's height is NaN every model abstained."""
 
@@ -105,6 +107,7 @@ class _Rows:
     """Rows of the sheet that are finished when a row of windows is."""
 
     strip: Strip | None
+    image: NDArray[Any]
     valid: NDArray[np.bool_]
     windows: int
 
@@ -116,7 +119,8 @@ class _Rows:
         for start in range(0, box.shape[0], STRIP_ROWS):
             rows = slice(start, min(start + STRIP_ROWS, box.shape[0]))
             part = Box(box.row0 + rows.start, box.col0, box.row0 + rows.stop, box.col1)
-            yield Prediction(strip=Strip(box=part, mean_m=mean_m[rows], spread_m=spread_m[rows]), valid=self.valid[rows])
+            strip = Strip(box=part, mean_m=mean_m[rows], spread_m=spread_m[rows])
+            yield Prediction(strip=strip, image=self.image[:, rows], valid=self.valid[rows])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -306,9 +310,10 @@ class _Sheet:
         with self.stages.side("blend"):
             row = band.row
             strip = self.blend.take(self.layout.support_span(row + 1)[0] if row != self.rows[-1] else self.box.row1)
-        if strip is None:
-            return _Rows(strip=None, valid=np.zeros((0, self.box.shape[1]), bool), windows=len(self.cols))
-        return _Rows(strip=strip, valid=band.pixels.valid[strip.box.slices_in(band.box)], windows=len(self.cols))
+        # Without a strip, no rows of it.
+        place = (slice(0, 0), slice(0, 0)) if strip is None else strip.box.slices_in(band.box)
+        image, valid = band.pixels.data[(slice(None), *place)], band.pixels.valid[place]
+        return _Rows(strip=strip, image=image, valid=valid, windows=len(self.cols))
 
 
 _NONE = torch.empty(0)

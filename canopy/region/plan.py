@@ -21,6 +21,8 @@ from pyproj import CRS, Transformer
 from canopy import __version__
 from canopy.errors import AreaError, ContractError, GridError, OutputError
 from canopy.grid import Box, Lattice, Layout, sheets_over, utm_crs
+from canopy.model.shift import FLAG_SHARE
+from canopy.model.squares import SQUARE_PX
 from canopy.model.tables import Calibrated
 from canopy.tiler.area import Area, BoundsLonLat, PlannedArea, as_area
 from canopy.tiler.imagery import Band, ImageFiles, ImagerySource, ground_gsd_m
@@ -493,6 +495,7 @@ def _tags(source: ImagerySource, ensemble: Ensemble, precision: str, resampled: 
         "CANOPY_MODEL_SHA256": "; ".join(model.contract.weights_sha256 for model in ensemble.models),
         "CANOPY_PRECISION": precision,
         "CANOPY_CALIBRATION": calibration_text(ensemble),
+        "CANOPY_SHIFT": shift_text(ensemble),
         "CANOPY_IMAGERY": Path(source.info.source).name + (f", {scenes} files or items" if scenes > 1 else ""),
         "CANOPY_IMAGERY_RESAMPLING": resampled,
         "CANOPY_WINDOW_PX": f"{contract.window_px} every {contract.stride_px}",
@@ -500,6 +503,17 @@ def _tags(source: ImagerySource, ensemble: Ensemble, precision: str, resampled: 
     if ensemble.tta != "none":
         told["CANOPY_TTA"] = ensemble.tta
     return told
+
+
+def shift_text(ensemble: Ensemble) -> str:
+    """What places are compared with, and from when on they are unlike it."""
+    reference = ensemble.shift
+    if reference is None:
+        return f"not measured: {ensemble.unmeasured}"
+    return (
+        f"squares of {SQUARE_PX} px against {', '.join(reference.sites)}, limit by {reference.held_out} left out, flagged "
+        f"from {FLAG_SHARE:.0%} beyond it"
+    )
 
 
 def calibration_text(ensemble: Ensemble) -> str:

@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from canopy.errors import OutputError
+from canopy.model.shift import Shift
 from canopy.mosaicker.quantum import Statistics
 from canopy.region.plan import Corners, Plan, Value
 from canopy.textfile import write_text
@@ -72,6 +73,8 @@ class SheetRecord(Value):
     """When, ISO 8601 in UTC."""
     statistics: tuple[Statistics, ...] = ()
     """Of the bands of the two published files."""
+    shift: Shift | None = None
+    """How unlike the calibration data it is; None: not measured."""
 
 
 class FailedSheet(Value):

@@ -15,7 +15,15 @@ from canopy.region.records import Stage, Work
 
 
 def run_record(
-    work: Work, stages: Stages, crew: dict[str, Any], *, started: datetime, load_s: float, wall_s: float, fresh: int
+    work: Work,
+    stages: Stages,
+    crew: dict[str, Any],
+    *,
+    shift: dict[str, Any],
+    started: datetime,
+    load_s: float,
+    wall_s: float,
+    fresh: int,
 ) -> dict[str, Any]:
     """The record of a run that has made its map.
 
@@ -23,6 +31,7 @@ def run_record(
         work: All of whose sheets are done.
         stages: What was timed besides the sheets.
         crew: Who did them.
+        shift: How unlike the calibration data the map is, see `canopy.region.shift.shift_record`.
         started: When this run began.
         load_s: Seconds that loading the model took in this process.
         wall_s: Seconds since this run began.
@@ -54,6 +63,7 @@ def run_record(
         "tta": plan.tta,
         "calibration": plan.tags["CANOPY_CALIBRATION"],
         "intervals": None if plan.calibration is None else plan.calibration.model_dump(mode="json"),
+        "shift": shift,
         "map": {
             "crs": plan.crs, "crs_chosen": plan.crs_chosen, "gsd_m": plan.gsd_m, "shape": [rows, cols],
             "extent_km2": pixels * plan.gsd_m**2 / 1e6, "sheets": len(plan.sheets), "one_file": plan.one_file,

@@ -47,6 +47,8 @@ from canopy.region.records import (
 )
 from canopy.region.report import run_record
 from canopy.region.sheet import Desk, check_known, leave_seat, open_source, published_sheet, staged_sheet, take_seat
+from canopy.region.shift import FILES as SHIFT
+from canopy.region.shift import map_tags, shift_record, write_shift
 from canopy.textfile import write_text
 from canopy.tiler.area import Area, BoundsLonLat, area_mask
 from canopy.tiler.find import imagery_source
@@ -61,7 +63,7 @@ HEIGHT: Final = ("height.tif", "height.vrt")
 ERROR: Final = ("error.tif", "error.vrt")
 RUN: Final = "run.json"
 RESULTS: Final = (
-    *HEIGHT, *ERROR, RUN, "sheets",
+    *HEIGHT, *ERROR, RUN, "sheets", *SHIFT,
     *(f"{kind}.{end}" for kind in ("height", "error") for end in ("vrt.ovr", "gti.gpkg", "gti.gpkg.ovr")),
 )  # fmt: skip
 """Everything that a map may have in its folder."""
@@ -606,13 +608,15 @@ def _finish_files(work: Work, out: Path, clock: _Clock, crew: dict[str, Any], *,
             f"{plan.imagery.told['source']} has no valid pixel in the area of interest; choose an area that the imagery "
             f"covers, and no narrower than a pixel of {plan.gsd_m:g} m"
         )
+    tags = map_tags(plan, records)
     try:
         with stages.time("publish", alone=True):
+            write_shift(work.result, plan, records)
             if plan.one_file:
                 height, _ = write_pair(
                     work.result / HEIGHT[0], work.result / ERROR[0],
                     [staged_sheet(work, record.sheet) for record in records],
-                    lattice=plan.lattice, box=plan.extent, tags=plan.tags,
+                    lattice=plan.lattice, box=plan.extent, tags=tags,
                 )  # fmt: skip
                 check_known(work, height[0].count, sum(record.known_px for record in records))
             else:
@@ -620,9 +624,12 @@ def _finish_files(work: Work, out: Path, clock: _Clock, crew: dict[str, Any], *,
 
                 index_sheets(
                     work.result, [published_sheet(record) for record in records],
-                    lattice=plan.lattice, box=plan.extent, sheet_px=plan.sheet_px, tags=plan.tags,
+                    lattice=plan.lattice, box=plan.extent, sheet_px=plan.sheet_px, tags=tags,
                 )  # fmt: skip
-        record = run_record(work, stages, crew, started=clock.started, load_s=clock.load_s, wall_s=clock.wall_s, fresh=fresh)
+        record = run_record(
+            work, stages, crew,
+            shift=shift_record(plan, records), started=clock.started, load_s=clock.load_s, wall_s=clock.wall_s, fresh=fresh,
+        )  # fmt: skip
         write_text(work.result / RUN, json.dumps(record, indent=2) + "\n")
     except OutputError as error:
         done = len(records)

@@ -25,6 +25,7 @@ from canopy.mosaicker.quantum import error_bands, quantise
 from canopy.mosaicker.stages import Stages
 from canopy.region.plan import GAUSSIAN_90, Plan
 from canopy.region.records import MANIFEST, SheetRecord, Stage, Work, keep
+from canopy.region.shift import ShiftMeter, sheet_tags
 from canopy.tiler.area import area_mask
 from canopy.tiler.imagery import ImageFiles, ImagerySource
 
@@ -186,7 +187,7 @@ def _predict(desk: Desk, number: int) -> SheetRecord:
 
     work, plan = desk.work, desk.work.plan
     sheet, stages, table = plan.sheet(number), Stages(), desk.ensemble.calibration
-    known_px = 0
+    known_px, meter = 0, ShiftMeter.of(desk.ensemble, sheet)
 
     def wanted(box: Box) -> NDArray[np.bool_]:
         return area_mask(plan.polygons, plan.lattice, box)
@@ -217,6 +218,9 @@ def _predict(desk: Desk, number: int) -> SheetRecord:
                         lower, upper = interval(mean, strip.spread_m, table)
                     height, error = quantise(mean), error_bands(lower, upper)
                     known_px += int(np.isfinite(height).sum())
+                if meter is not None:
+                    with stages.time("shift"):
+                        meter.add(strip, prediction.image, np.isfinite(mean))
                 with stages.time("write"):
                     writer.write(strip.box, height, error)
         # A file that changed while it was being read may have given both states.
@@ -225,6 +229,7 @@ def _predict(desk: Desk, number: int) -> SheetRecord:
         record = work.new_record(
             number, "predict", files=keep(places, work.folder),
             known_px=known_px, stages=stages.record(), batch=desk.batch.record(),
+            shift=None if meter is None else meter.shift,
         )  # fmt: skip
         return work.finish(record)
 
@@ -253,12 +258,13 @@ def _publish(work: Work, number: int) -> SheetRecord:
     staged = staged_sheet(work, number)
     with work.attempt(number) as attempt:
         with stages.time("publish"):
-            sheet = publish_sheet(attempt, staged, lattice=plan.lattice, sheet_px=plan.sheet_px, tags=plan.tags)
+            tags = sheet_tags(plan, predicted.shift)
+            sheet = publish_sheet(attempt, staged, lattice=plan.lattice, sheet_px=plan.sheet_px, tags=tags)
         check_known(work, sheet.height[0].count, predicted.known_px)
         places = {path: work.result / path.relative_to(attempt) for path in sheet.paths(attempt)}
         record = work.new_record(
             number, "publish", files=keep(places, work.folder), known_px=predicted.known_px,
-            stages=stages.record(), statistics=(sheet.height, sheet.error),
+            stages=stages.record(), statistics=(sheet.height, sheet.error), shift=predicted.shift,
         )  # fmt: skip
         work.finish(record)
     staged.unlink()
