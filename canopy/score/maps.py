@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pyproj import CRS
 
 from canopy.errors import CanopyError, OutputError, RasterError, ScoreError
@@ -24,6 +25,12 @@ RUN = "run.json"
 HEIGHT = ("height.tif", "height.vrt")
 ERROR = ("error.tif", "error.vrt")
 BOUNDS = ("lower_90_m", "upper_90_m")
+
+DEEPEST_M = -20.0
+"""No map that is only noisy says less of bare ground; what does stands for something else."""
+
+COLOURS = 3
+"""A raster of so many bands of bytes is an image."""
 
 _SAMPLE_FILES = 16
 _SAMPLE_PX = 128
@@ -209,6 +216,7 @@ def _open_product(given: GivenMap, pool: RasterPool) -> OpenMap:
     height = _rasters(paths, pool, band=given.band or 1, unit_m=given.unit_m, option=option, crs_if_none=None)
     sample = sample_m(height)
     refuse_implausible(sample, str(given.path), option)
+    _refuse_sunken(sample, paths[0])
     with open_raster(paths[0]) as raster:
         tags = {key: value for key, value in raster.tags.items() if key.startswith("CANOPY_")}
     days = [as_date(file.day) for file in height.files if file.day != NO_DATE]
@@ -226,6 +234,16 @@ def _open_product(given: GivenMap, pool: RasterPool) -> OpenMap:
         bounds=None,
         imagery=(),
     )
+
+
+def _refuse_sunken(sample: NDArray[np.float64], path: Path) -> None:
+    """Refuse a map with a value for "nothing" that it does not declare: it would be taken for heights."""
+    if sample.size and sample.min() < DEEPEST_M:
+        share = float(np.mean(sample < DEEPEST_M))
+        raise RasterError(
+            f"{path}: {share:.1%} of the heights are below {DEEPEST_M:g} m, the lowest {sample.min():g} m; if that means no "
+            f"height, declare it: rio edit-info --nodata {sample.min():g} {path.name}"
+        )
 
 
 def _info(
@@ -288,12 +306,17 @@ def open_heights(
         judged: As for `HeightRasters`.
 
     Raises:
-        RasterError: a band is missing, or the unit of a file is not known.
+        RasterError: a band is missing, the unit of a file is not known, or it is an image.
     """
     if unit_m is not None and not (np.isfinite(unit_m) and unit_m > 0):
         raise RasterError(f"unit {unit_m} must be a finite number above 0; give metres per unit")
     metres: dict[Path, tuple[float, float]] = {}
     for file in files:
+        if file.dtype == "uint8" and file.band_count >= COLOURS:
+            raise RasterError(
+                f"{file.path} holds {file.band_count} bands of bytes, which are colours and not heights; name the height "
+                f"rasters alone, for example with a quoted pattern such as '*_chm.tif'"
+            )
         if not 1 <= band <= file.band_count:
             raise RasterError(f"{file.path} has bands 1-{file.band_count}, not {band}; give the band of the heights")
         with open_raster(file.path) as raster:
@@ -306,7 +329,7 @@ def open_heights(
     return HeightRasters(files, band=band, metres=metres, judged=judged, pool=pool)
 
 
-def sample_m(rasters: HeightRasters) -> np.ndarray[Any, np.dtype[np.float64]]:
+def sample_m(rasters: HeightRasters) -> NDArray[np.float64]:
     """Known heights from all over rasters, as they are before they are judged."""
     step = max(1, len(rasters.files) // _SAMPLE_FILES)
     return np.concatenate([rasters.sample(file, _SAMPLES, _SAMPLE_PX) for file in rasters.files[::step][:_SAMPLE_FILES]])

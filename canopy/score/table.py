@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from canopy.score.result import Comparison, Estimate, MapScore, Measures, ScoreResult
+from canopy.score.result import Comparison, Estimate, MapInfo, MapScore, Measures, ScoreResult
 
 _COLUMNS = ("map", "n", "lacks", "MAE m", "RMSE m", "bias m", "R²", "block R²", "edge", "IoU 2 m", "IoU 5 m", "held 90 %")
 
@@ -11,20 +11,22 @@ def lines(result: ScoreResult) -> list[str]:
     """What the command says."""
     found = [f"LEAK: {leak.finding}" for leak in result.leaks]
     for comparison in result.comparisons:
-        found += ["", *_comparison(comparison, result.sign, leaked=result.leaked)]
+        found += ["", *_comparison(comparison, result)]
     found += ["", f"lineage: {result.lineage}"]
     found += [f"note: {warning}" for warning in result.warnings if not warning.startswith("LEAK")]
     return found[1:] if found[0] == "" else found
 
 
-def _comparison(comparison: Comparison, sign: str, *, leaked: bool) -> list[str]:
-    mark = "LEAK - " if leaked else ""
+def _comparison(comparison: Comparison, result: ScoreResult) -> list[str]:
+    mark = "LEAK - " if result.leaked else ""
     grid = "footprints" if comparison.grid is None else f"GSD {comparison.grid.gsd_m:g} m, {comparison.grid.chosen}"
     head = [
         f"{mark}{comparison.title}: {comparison.reference.name} ({grid})",
         f"  {comparison.statistic}",
-        f"  counted: {comparison.mask}; {sign}",
+        f"  counted: {comparison.mask}; {result.sign}",
     ]
+    infos = {info.name: info for info in result.maps}
+    head += [f"  {_about(infos[score.name])}" for score in comparison.maps]
     rows = [_COLUMNS, *(_row(score) for score in comparison.maps)]
     rows += [_registered(s) for s in comparison.maps if s.registered is not None and s.registered.measures is not None]
     widths = [max(len(row[k]) for row in rows) for k in range(len(_COLUMNS))]
@@ -33,6 +35,11 @@ def _comparison(comparison: Comparison, sign: str, *, leaked: bool) -> list[str]
         for row in rows
     ]
     return [*head, *table, *_sure(comparison)]
+
+
+def _about(info: MapInfo) -> str:
+    taken = "imagery of unknown date" if info.date is None else f"imagery of {info.date}"
+    return f"{info.name}: pixels of {info.gsd_m:.4g} m, heights: {info.statistic}; {taken}"
 
 
 def _sure(comparison: Comparison) -> list[str]:

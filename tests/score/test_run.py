@@ -8,10 +8,12 @@ import pytest
 from numpy.testing import assert_allclose
 
 from canopy.errors import CanopyError, NoCrsError, OutputError, ScoreError
+from canopy.raster import write_raster
 from canopy.score import GivenMap, GivenReference, References, Strata, read_result, score_map
 from canopy.score import compare as compare_module
+from canopy.score.cells import bounds_deg
 from canopy.score.table import lines
-from tests.score.rasters import LEFT_M, TOP_M, UTM, model, write, write_map
+from tests.score.rasters import LEFT_M, TOP_M, UTM, grid, model, write, write_map
 
 NAN = math.nan
 
@@ -371,9 +373,6 @@ def test_ground_beside_the_training_ground_is_no_leak(slip, tmp_path):
 def test_part_of_the_ground_is_told(tmp_path):
     heights = np.full((10, 100), 5.0)
     # The map's ground spans 100 m from LEFT_M; a footprint over its eastern half, in degrees from the map's own bounds.
-    from canopy.score.cells import bounds_deg
-    from tests.score.rasters import grid
-
     west, south, east, north = bounds_deg(grid((10, 100)))
     half = model(footprints=(((west + east) / 2, south - 1, east + 1, north + 1),))
     leaky = write_map(tmp_path / "map", heights, models=[half])
@@ -442,6 +441,16 @@ def test_units(slip, tmp_path):
     centimetres = write(tmp_path / "cm.tif", TRUE_M * 100)
     assert "are above 120 m" in str(refusal(out, centimetres))
     assert "unit fathom" not in str(refusal(out, write(tmp_path / "fathom.tif", TRUE_M, unit="fathom")))
+
+
+def test_what_is_no_height_is_refused(slip, tmp_path):
+    """A value for nothing that the file does not declare, and an image among the heights."""
+    filled = write(tmp_path / "filled.tif", np.nan_to_num(MAP_M, nan=-9999.0), nodata=None)
+    assert "rio edit-info --nodata -9999 filled.tif" in str(refusal(filled, slip[1]))
+    image = tmp_path / "chms" / "photo.tif"
+    image.parent.mkdir()
+    write_raster(image, np.ones((3, 4, 4), np.uint8), grid=grid((4, 4)))
+    assert "colours and not heights" in str(refusal(slip[0], image.parent))
 
 
 def test_a_product_in_another_unit_and_band(slip, tmp_path):
