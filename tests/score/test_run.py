@@ -443,6 +443,15 @@ def test_units(slip, tmp_path):
     assert "unit fathom" not in str(refusal(out, write(tmp_path / "fathom.tif", TRUE_M, unit="fathom")))
 
 
+def test_scale_and_offset_of_a_file_are_applied(slip, tmp_path):
+    import rasterio
+
+    packed = write(tmp_path / "packed.tif", np.nan_to_num(MAP_M * 10 + 50, nan=0).astype(np.uint16), unit=None, nodata=0)
+    with rasterio.open(packed, "r+") as file:
+        file.scales, file.offsets = (0.1,), (-5.0,)
+    assert only(scored(packed, slip[1]))[1].measures.mae_m.value == pytest.approx(25 / 14, rel=1e-6)
+
+
 def test_what_is_no_height_is_refused(slip, tmp_path):
     """A value for nothing that the file does not declare, and an image among the heights."""
     filled = write(tmp_path / "filled.tif", np.nan_to_num(MAP_M, nan=-9999.0), nodata=None)
