@@ -1,6 +1,7 @@
 """Submissions that cheat, each caught, and beside each an honest one of the same shape that is not."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -10,15 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
+from affine import Affine
+from pyproj import CRS, Transformer
 from scipy.ndimage import zoom
 
 from canopy.errors import SealError
 from canopy.grid import Grid
-from canopy.raster import read_raster, write_raster
+from canopy.raster import Pixels, read_raster, warp, write_raster
 from canopy.score.sealed.judge import judge, write_verdict
 from canopy.score.sealed.key import open_key
 from canopy.score.sealed.scorer import Scorer
+from canopy.score.sealed.seal import SealSettings, seal
 from canopy.score.sealed.submission import read_submission, write_template
+from canopy.tiler.fingerprint import fingerprint
 from tests.score.sealed.conftest import BASE, BETTER, build, height_of, picture, retrained, says
 
 
@@ -155,6 +160,17 @@ def test_trained_beside_the_sealed_ground(world, tmp_path):
 
 
 @pytest.mark.slow
+def test_more_of_the_same_flight(world, tmp_path):
+    """A leak where whole sites are held out, and fair where blocks are."""
+    folder = trained_on(world, tmp_path, {"WOOD": (picture(21), 480_128.0 + 400.0)}, name="flight")
+    caught(judged(world, folder), "acquisition", "WOOD")
+    settings = SealSettings(splits=("all",), by_site=False, least_px=200, buffer_m=50.0)
+    made = seal([world.tiles], tmp_path / "task", key=tmp_path / "key", base=world.base, predict=BASE, settings=settings)
+    verdict = judge(made.folder, made.key, folder, predict=BETTER)
+    assert verdict.status == "scored", verdict.reasons
+
+
+@pytest.mark.slow
 def test_footprints_alone_are_held_against_the_exact_ground(submit, world):
     with open_key(world.key) as key:
         from shapely import from_wkb
@@ -188,9 +204,6 @@ def test_the_sealed_heights_under_other_pictures(world, tmp_path):
         lineage = folder / "lineage" / name
         with np.load(lineage / "codes.npz") as archive:
             codes = dict(archive)
-        from canopy.raster import Pixels
-        from canopy.tiler.fingerprint import fingerprint
-
         for k, chip in enumerate(sorted(key for key in codes if key.startswith("height/"))):
             height = height_of(heights_from)[:, 128 * k : 128 * (k + 1)]
             codes[chip] = fingerprint(Pixels(data=height[None], valid=np.ones(height.shape, bool)))
@@ -435,10 +448,7 @@ def test_arrays_that_are_none(arrays, submit):
 
 @pytest.mark.slow
 def test_a_map_is_cut_to_the_chips(submit, world):
-    """A raster over one of the sites in another CRS at another pixel size; the other site is missing."""
-    from affine import Affine
-    from pyproj import CRS
-
+    """A raster over one of the sites on its own pixels, on larger ones, and in another CRS; the other site is missing."""
     shutil.rmtree(submit.folder / "model")
     edit(submit.folder, kind="map", path="map.tif")
     image, left = world.sites["WOOD"]
@@ -453,6 +463,14 @@ def test_a_map_is_cut_to_the_chips(submit, world):
     grid = Grid(crs=grid.crs, transform=Affine(1.0, 0, left, 0, -1.0, 4_000_000), shape=coarse.shape)
     write_raster(submit.folder / "map.tif", coarse[None], grid=grid, nodata=np.nan)
     assert 0.2 < max(submit.verdict().score.regions.values()) < 1
+    across = Transformer.from_crs(32617, 32616, always_xy=True)
+    west, south, east, north = across.transform_bounds(*grid.bounds)
+    shape = (math.ceil((north - south) / 0.4), math.ceil((east - west) / 0.4))
+    other = Grid(crs=CRS.from_epsg(32616), transform=Affine(0.4, 0, west, 0, -0.4, north), shape=shape)
+    fine = Grid(crs=grid.crs, transform=Affine(0.5, 0, left, 0, -0.5, 4_000_000), shape=truth.shape)
+    there = warp(Pixels(data=truth[None], valid=np.ones(truth.shape, bool)), fine, other)
+    write_raster(submit.folder / "map.tif", there.data, grid=other, nodata=np.nan)
+    assert 0.5 < max(submit.verdict().score.regions.values()) <= 1
     (submit.folder / "map.tif").write_text('<VRTDataset rasterXSize="9" rasterYSize="9"/>')
     assert submit.verdict().status == "fallback"
 
