@@ -42,7 +42,7 @@ def built(folder, name, seeds):
     recipe = folder / f"{name}.toml"
     recipe.write_text(
         f'name = "{name}"\ngsd_m = {GSD_M}\nchip_px = {SIZE_PX}\nstride_px = {SIZE_PX}\nmin_valid_fraction = 0.8\n'
-        f"bands = [1, 2, 3]\n\n[split]\nblock_m = 1536.0\nbuffer_m = 0.0\ntrain = 0.0\nval = 1.0\ntest = 0.0\n\n{sources}"
+        f"bands = [1, 2, 3]\n\n[split]\nseed = 1\nblock_m = 1536.0\nbuffer_m = 0.0\ntrain = 0.0\nval = 1.0\ntest = 0.0\n\n{sources}"
     )
     return build_tile_set(recipe)
 

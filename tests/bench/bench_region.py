@@ -21,7 +21,8 @@ import rasterio
 from canopy.region import region_status
 from tests.bench.free_model import environment, height_of, photo, start_map
 
-GROWTH_TARGET = 1.05
+GROWTH_TARGET = 1.02
+"""Of the second half of a run over the first: heaps settle within the first hundred sheets, and must not grow after that."""
 QUANTUM_M = 1 / 32
 
 
@@ -119,7 +120,7 @@ def test_two_workers_and_two_gigabytes(tmp_path):
 
 @pytest.mark.bench
 def test_memory_is_flat_to_the_last_sheet(tmp_path):
-    """40 960 px, 1.7 billion: the highest memory of the whole run over that of its first sixteenth."""
+    """40 960 px, 1.7 billion: the highest memory of the second half of the run over that of the first half."""
     image = photo(tmp_path / "image.tif", 40_960)
     folder = tmp_path / "map"
     out = folder / "out"
@@ -144,12 +145,12 @@ def test_memory_is_flat_to_the_last_sheet(tmp_path):
     early = max(gb for count, gb in measured if count <= 2 * status.sheets / 16)
     stages = 2 * status.sheets
     peaks = [max((gb for count, gb in measured if part <= count * 8 / stages < part + 1), default=0.0) for part in range(8)]
-    late = max(gb for _, gb in measured)
+    growth = max(peaks[4:]) / max(peaks[:4])
     wrong, seen = wrong_pixels(out, image)
     say(
-        f"{status.sheets} sheets, {seen / 1e9:.2f} Gpx in {wall_s:.0f} s: {wrong} wrong; peak memory {late:.2f} GB over "
-        f"{early:.2f} GB in the first sixteenth: {late / early:.3f} (target < {GROWTH_TARGET}); by eighths "
-        f"{[round(gb, 2) for gb in peaks]}; {printed.partition('RESULT')[2]}"
+        f"{status.sheets} sheets, {seen / 1e9:.2f} Gpx in {wall_s:.0f} s: {wrong} wrong; peak memory of the second half over "
+        f"the first {growth:.3f} (target < {GROWTH_TARGET}), of the whole over the first sixteenth {max(peaks) / early:.3f}; "
+        f"GB by eighths {[round(gb, 2) for gb in peaks]}; {printed.partition('RESULT')[2]}"
     )
     assert (status.state, wrong) == ("finished", 0)
-    assert late / early < GROWTH_TARGET
+    assert growth < GROWTH_TARGET
