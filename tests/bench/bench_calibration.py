@@ -42,7 +42,8 @@ def built(folder, name, seeds):
     recipe = folder / f"{name}.toml"
     recipe.write_text(
         f'name = "{name}"\ngsd_m = {GSD_M}\nchip_px = {SIZE_PX}\nstride_px = {SIZE_PX}\nmin_valid_fraction = 0.8\n'
-        f"bands = [1, 2, 3]\n\n[split]\nseed = 1\nblock_m = 1536.0\nbuffer_m = 0.0\ntrain = 0.0\nval = 1.0\ntest = 0.0\n\n{sources}"
+        f"bands = [1, 2, 3]\n\n[split]\nseed = 1\nblock_m = 1536.0\nbuffer_m = 0.0\ntrain = 0.0\nval = 1.0\ntest = 0.0\n\n"
+        f"{sources}"
     )
     return build_tile_set(recipe)
 
@@ -56,18 +57,35 @@ def voronoi_cells(rng, count):
     return [shapely.Polygon(cells.vertices[cells.regions[cells.point_region[k]]]) for k in range(count)]
 
 
-def scaled_to(share, lower, upper, mean, true):
-    """The factor on an interval's two arms, cut at 0 m, with which it holds `share` of the true heights; its mean width."""
+def scaled_to(goal, arm, mean, true, *, cut=True, within=None):
+    """Mean width of mean -/+ factor * arm with the factor that makes it hold the share `goal` of the true heights.
+
+    Args:
+        goal: The share.
+        arm: Half-width for a factor of 1.
+        mean: Predicted heights.
+        true: True heights.
+        cut: Whether the lower end stays above 0 m, as ours does.
+        within: Classes (pixel,): the goal is for the worst of them; None: for all pixels together.
+    """
 
     def ends(factor):
-        return np.maximum(mean - factor * (mean - lower), np.minimum(mean, 0)), mean + factor * (upper - mean)
+        lower = mean - factor * arm
+        return np.maximum(lower, np.minimum(mean, 0)) if cut else lower, mean + factor * arm
 
     def excess(factor):
-        low, high = ends(factor)
-        return ((low <= true) & (true <= high)).mean() - share
+        lower, upper = ends(factor)
+        inside = (lower <= true) & (true <= upper)
+        return (inside.mean() if within is None else shares(inside, within).min()) - goal
 
-    low, high = ends(brentq(excess, 0.01, 100.0, xtol=1e-4))
-    return float((high - low).mean())
+    lower, upper = ends(brentq(excess, 0.01, 1000.0, xtol=1e-4))
+    return float((upper - lower).mean())
+
+
+def shares(inside, classes):
+    """Share that is inside, of each class of at least `LEAST_PX`."""
+    n = np.bincount(classes)
+    return (np.bincount(classes, weights=inside) / np.maximum(n, 1))[n >= LEAST_PX]
 
 
 @pytest.mark.bench
@@ -88,9 +106,7 @@ def test_coverage_on_simulated_sites(tmp_path):
     )
     coverage = measure_coverage(tables.pixels, mean, spread, true, CLASS_EDGES_M)
     share = coverage.total.coverage
-    say(
-        f"test sites: {len(chips)}, {coverage.total.n} px, coverage {share:.2%}, mean width {coverage.total.mean_width_m:.2f} m"
-    )
+    say(f"{len(chips)} test sites, {coverage.total.n} px: coverage {share:.2%}")
     by_site = [
         measure_coverage(tables.pixels, c.mean_m[ok], c.spread_m[ok], c.true_m[ok]).total.coverage
         for c, ok in zip(chips, known, strict=True)
@@ -103,10 +119,15 @@ def test_coverage_on_simulated_sites(tmp_path):
     index = class_index(true)
     say(f"by class of true height: {', '.join(f'{k}: {inside[index == k].mean():.1%}' for k in np.unique(index))}")
 
-    constant = scaled_to(share, mean - 1, mean + 1, mean, true)
-    raw = np.maximum(spread, SPREAD_FLOOR_M)
-    one_factor = scaled_to(share, mean - raw, mean + raw, mean, true)
-    say(f"mean width {coverage.total.mean_width_m:.2f} m; constant {constant:.2f} m, one factor {one_factor:.2f} m")
+    raw, classes = np.maximum(spread, SPREAD_FLOOR_M), class_index(mean)
+    worst = shares(inside, classes).min()
+    constant, one_factor = (scaled_to(share, arm, mean, true, cut=False) for arm in (np.ones_like(mean), raw))
+    cut, fair = scaled_to(share, raw, mean, true), scaled_to(worst, raw, mean, true, within=classes)
+    say(
+        f"mean width {coverage.total.mean_width_m:.2f} m; at the same coverage: constant {constant:.2f} m, one factor on the "
+        f"raw spread {one_factor:.2f} m, the same cut at 0 m {cut:.2f} m, or with as much in its worst class of predicted "
+        f"height ({worst:.1%}) {fair:.2f} m"
+    )
 
     squares, cells = BlockMeans(), []
     rng = np.random.default_rng(0)
