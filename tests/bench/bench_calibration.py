@@ -124,8 +124,8 @@ def test_coverage_on_simulated_sites(tmp_path):
     constant, one_factor = (scaled_to(share, arm, mean, true, cut=False) for arm in (np.ones_like(mean), raw))
     cut, fair = scaled_to(share, raw, mean, true), scaled_to(worst, raw, mean, true, within=classes)
     say(
-        f"mean width {coverage.total.mean_width_m:.2f} m; at the same coverage: constant {constant:.2f} m, one factor on the "
-        f"raw spread {one_factor:.2f} m, the same cut at 0 m {cut:.2f} m, or with as much in its worst class of predicted "
+        f"mean width {coverage.total.mean_width_m:.2f} m; at the same coverage: constant {constant:.2f} m, one factor "
+        f"on the raw spread {one_factor:.2f} m, the same cut at 0 m {cut:.2f} m, or with as much in its worst class of predicted "
         f"height ({worst:.1%}) {fair:.2f} m"
     )
 
