@@ -125,8 +125,8 @@ def test_coverage_on_simulated_sites(tmp_path):
     cut, fair = scaled_to(share, raw, mean, true), scaled_to(worst, raw, mean, true, within=classes)
     say(
         f"mean width {coverage.total.mean_width_m:.2f} m; at the same coverage: constant {constant:.2f} m, one factor "
-        f"on the raw spread {one_factor:.2f} m, the same cut at 0 m {cut:.2f} m, or with as much in its worst class of predicted "
-        f"height ({worst:.1%}) {fair:.2f} m"
+        f"on the raw spread {one_factor:.2f} m, the same cut at 0 m {cut:.2f} m, or with as much in its worst class of "
+        f"predicted height ({worst:.1%}) {fair:.2f} m"
     )
 
     squares, cells = BlockMeans(), []
