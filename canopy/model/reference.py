@@ -75,7 +75,7 @@ def squares_of(chips: Iterable[ChipResult], images: ChipImages, contract: Contra
     for site in sorted(features):
         numbers = {place: number for number, place in enumerate(sorted(set(blocks[site])))}
         block = np.array([numbers[place] for place in blocks[site]], np.int64)
-        every = -(-len(block) // MOST_SQUARES)
+        every = max(-(-len(block) // MOST_SQUARES), 1)
         result[site] = SiteSquares(features=np.concatenate(features[site])[::every], block=block[::every])
     return result
 

@@ -9,9 +9,10 @@ that site (Mahalanobis 1936, site by site as Lee et al. 2018 do with classes):
 
 Why site by site: a forest photographed by one camera and a park photographed by another have nothing in between, and one
 ellipsoid around both would call everything in between known. Why one matrix of correlations: sites have tens of squares.
-Tried as well on the sample sites (`tests/bench/bench_shift.py`): one ellipsoid around all sites, and the distance to the
-nearest calibration squares, see neither of two sites whose intervals fail; a logistic regression needs the whole map before
-it can say anything of a square.
+What was tried as well on the sample sites (`tests/bench/bench_shift.py`): one ellipsoid around all sites and the distance
+to the nearest calibration squares do not flag one of the sites whose intervals fail, and on what the network's encoder
+makes of a square this distance flags none of them; a logistic regression between a place and the calibration data tells
+unseen blocks of a calibration site from the rest as surely as it tells a new site.
 
 **The limit** is the distance that 5 % of the calibration squares exceed when they are compared with a reference that has
 not seen them, every site with the same weight. With `MANY_SITES` sites or more, what has not seen them is the reference of
