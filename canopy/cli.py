@@ -525,6 +525,10 @@ def _show_map(result: Any, *, as_json: bool) -> None:
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took["stages_s"].items())
     typer.echo(f"{result.height}\n{result.error}\n{result.run}")
     typer.echo(f"{took['wall_s']:.1f} s ({stages}); {took['km2_per_h']:.1f} km²/h, bound by {took['bound_by']}")
+    if abstained := run["map"]["abstained_px"]:
+        typer.echo(
+            f"{abstained} of {abstained + run['map']['known_px']} pixels: the model abstained, their height is unknown"
+        )
     if (line := shift_line(run["shift"])) is not None:
         typer.echo(line)
 

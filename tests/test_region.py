@@ -1,7 +1,9 @@
 """`map_region` on a small image with a model of random weights: which pixels come out, and what decides them."""
 
+import dataclasses
 import itertools
 import json
+import math
 import shutil
 from datetime import UTC, datetime
 
@@ -17,14 +19,16 @@ from pyproj import CRS, Transformer
 from canopy.errors import AreaError, CanopyError, ContractError, OutputError
 from canopy.grid import Box, Grid, Lattice
 from canopy.model.package import load_model
+from canopy.mosaicker import ensemble
 from canopy.mosaicker.publish import stage_sheet
 from canopy.raster import open_raster, read_raster, write_raster
-from canopy.region import map_region
+from canopy.region import map_region, sheet
 from canopy.tiler.area import area_mask
 from canopy.tiler.imagery import open_imagery
 from canopy.tiler.manifest import AssetRecord, ItemRecord, Manifest, SearchRecord
 from canopy.tiler.sources import Band as StacBand
 from canopy.tiler.sources import StacSource
+from tests.plain_models import Plain
 
 UTM = CRS.from_epsg(32610)
 LATTICE = Lattice(crs=UTM, gsd_m=0.6)
@@ -510,3 +514,27 @@ def test_what_a_device_cannot_do_is_refused_before_anything_is_written(image, ti
         with pytest.raises(ContractError, match=message):
             map_region(imagery=image, model=tiny_model, out=tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"sheet_px": 512, "max_file_px": 50}])
+def test_pixels_at_which_the_model_abstains_are_counted_and_told(image, tiny_model, tmp_path, monkeypatch, options):
+    """They have no height, and are not to be taken for places without imagery."""
+    import torch
+
+    def shy(*arguments, **changes):
+        network = Plain(lambda x: torch.where(x[:, 0] > 1.0, math.nan, 15.0)).eval()
+        return dataclasses.replace(load_model(*arguments, **changes), network=network)
+
+    monkeypatch.setattr(ensemble, "load_model", shy)
+    monkeypatch.setattr(sheet, "_ensembles", {})
+    result = map_region(imagery=image, model=tiny_model, out=tmp_path / "out", **options)
+    with rasterio.open(image) as photo:
+        usable, red = photo.dataset_mask() > 0, photo.read(1)
+    expected = int((usable & ((red.astype(np.float32) - 100) / 60 > 1)).sum())
+    told = json.loads(result.run.read_text())["map"]
+    with rasterio.open(result.height) as height:
+        known = int(np.isfinite(height.read(1)).sum())
+        tags = height.tags()
+    assert expected > 100
+    assert (told["abstained_px"], told["known_px"]) == (expected, known) == (expected, int(usable.sum()) - expected)
+    assert tags["CANOPY_ABSTAINED_PX"] == str(expected)

@@ -64,6 +64,8 @@ class SheetRecord(Value):
     """Path within the work folder -> bytes."""
     known_px: int
     """Pixels with a height."""
+    abstained_px: int = 0
+    """Pixels with usable imagery that every model abstained at; they have no height."""
     stages: dict[str, Any]
     """How long each part of the work took; see `canopy.mosaicker.stages.Stages`."""
     batch: dict[str, Any] | None = None

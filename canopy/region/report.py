@@ -43,6 +43,7 @@ def run_record(
     plan = work.plan
     total = Stages(seconds={"load model": load_s} if load_s else {}, busy={"load model": load_s} if load_s else {})
     batch: dict[str, Any] = {}
+    known_px = abstained_px = 0
     hosts: set[str] = set()
     every: tuple[Stage, ...] = ("predict",) if plan.one_file else ("predict", "publish")
     for record in (work.record_of(number, stage) for number in range(len(plan.sheets)) for stage in every):
@@ -50,6 +51,8 @@ def run_record(
         total.add(Stages.of(record.stages))
         batch = record.batch or batch
         hosts.add(record.host)
+        if record.stage == "predict":
+            known_px, abstained_px = known_px + record.known_px, abstained_px + record.abstained_px
     total.add(stages)
     rows, cols = plan.extent.shape
     pixels = rows * cols
@@ -68,7 +71,7 @@ def run_record(
             "crs": plan.crs, "crs_chosen": plan.crs_chosen, "gsd_m": plan.gsd_m, "shape": [rows, cols],
             "extent_km2": pixels * plan.gsd_m**2 / 1e6, "sheets": len(plan.sheets), "one_file": plan.one_file,
             "window_px": plan.window_px, "stride_px": plan.stride_px, "windows": total.windows,
-            "area": None if plan.area is None else plan.area.name,
+            "area": None if plan.area is None else plan.area.name, "known_px": known_px, "abstained_px": abstained_px,
         },
         "time": {**total.record(), **rate.record()},
         "machine": {
@@ -77,6 +80,11 @@ def run_record(
             "rasterio": rasterio.__version__, "gdal": rasterio.__gdal_version__,
         },
     }  # fmt: skip
+
+
+def abstained_tag(pixels: int) -> dict[str, str]:
+    """A tag for how many pixels of a file have usable imagery and no height because every model abstained."""
+    return {"CANOPY_ABSTAINED_PX": str(pixels)}
 
 
 def _told(model: PlannedModel) -> dict[str, Any]:

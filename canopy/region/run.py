@@ -45,7 +45,7 @@ from canopy.region.records import (
     move_results,
     unfinished,
 )
-from canopy.region.report import run_record
+from canopy.region.report import abstained_tag, run_record
 from canopy.region.sheet import Desk, check_known, leave_seat, open_source, published_sheet, staged_sheet, take_seat
 from canopy.region.shift import FILES as SHIFT
 from canopy.region.shift import map_tags, shift_record, write_shift
@@ -608,7 +608,8 @@ def _finish_files(work: Work, out: Path, clock: _Clock, crew: dict[str, Any], *,
             f"{plan.imagery.told['source']} has no valid pixel in the area of interest; choose an area that the imagery "
             f"covers, and no narrower than a pixel of {plan.gsd_m:g} m"
         )
-    tags = map_tags(plan, records)
+    abstained_px = sum(record.abstained_px for record in records)
+    tags = map_tags(plan, records) | abstained_tag(abstained_px)
     try:
         with stages.time("publish", alone=True):
             write_shift(work.result, plan, records)

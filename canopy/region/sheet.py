@@ -25,6 +25,7 @@ from canopy.mosaicker.quantum import error_bands, quantise
 from canopy.mosaicker.stages import Stages
 from canopy.region.plan import GAUSSIAN_90, Plan
 from canopy.region.records import MANIFEST, SheetRecord, Stage, Work, keep
+from canopy.region.report import abstained_tag
 from canopy.region.shift import ShiftMeter, sheet_tags
 from canopy.tiler.area import area_mask
 from canopy.tiler.imagery import ImageFiles, ImagerySource
@@ -187,7 +188,7 @@ def _predict(desk: Desk, number: int) -> SheetRecord:
 
     work, plan = desk.work, desk.work.plan
     sheet, stages, table = plan.sheet(number), Stages(), desk.ensemble.calibration
-    known_px, meter = 0, ShiftMeter.of(desk.ensemble, sheet)
+    known_px, abstained_px, meter = 0, 0, ShiftMeter.of(desk.ensemble, sheet)
 
     def wanted(box: Box) -> NDArray[np.bool_]:
         return area_mask(plan.polygons, plan.lattice, box)
@@ -210,7 +211,9 @@ def _predict(desk: Desk, number: int) -> SheetRecord:
             for prediction in predictions:
                 strip = prediction.strip
                 with stages.time("blend"):
-                    mean = np.where(prediction.valid & wanted(strip.box), strip.mean_m, np.float32(np.nan))
+                    usable = prediction.valid & wanted(strip.box)
+                    mean = np.where(usable, strip.mean_m, np.float32(np.nan))
+                    abstained_px += int((usable & np.isnan(mean)).sum())
                     if table is None:
                         half_m = np.float32(GAUSSIAN_90) * strip.spread_m
                         lower, upper = np.maximum(mean - half_m, np.float32(0)), mean + half_m
@@ -228,7 +231,7 @@ def _predict(desk: Desk, number: int) -> SheetRecord:
         places = {path: work.staged / path.name for path in (staged.height, staged.error)}
         record = work.new_record(
             number, "predict", files=keep(places, work.folder),
-            known_px=known_px, stages=stages.record(), batch=desk.batch.record(),
+            known_px=known_px, abstained_px=abstained_px, stages=stages.record(), batch=desk.batch.record(),
             shift=None if meter is None else meter.shift,
         )  # fmt: skip
         return work.finish(record)
@@ -258,13 +261,14 @@ def _publish(work: Work, number: int) -> SheetRecord:
     staged = staged_sheet(work, number)
     with work.attempt(number) as attempt:
         with stages.time("publish"):
-            tags = sheet_tags(plan, predicted.shift)
+            tags = sheet_tags(plan, predicted.shift) | abstained_tag(predicted.abstained_px)
             sheet = publish_sheet(attempt, staged, lattice=plan.lattice, sheet_px=plan.sheet_px, tags=tags)
         check_known(work, sheet.height[0].count, predicted.known_px)
         places = {path: work.result / path.relative_to(attempt) for path in sheet.paths(attempt)}
         record = work.new_record(
             number, "publish", files=keep(places, work.folder), known_px=predicted.known_px,
-            stages=stages.record(), statistics=(sheet.height, sheet.error), shift=predicted.shift,
+            abstained_px=predicted.abstained_px, stages=stages.record(), statistics=(sheet.height, sheet.error),
+            shift=predicted.shift,
         )  # fmt: skip
         work.finish(record)
     staged.unlink()
