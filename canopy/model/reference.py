@@ -13,7 +13,7 @@ from canopy.errors import RecipeError
 from canopy.metrics import RESAMPLED_M
 from canopy.model.evaluate import ChipResult
 from canopy.model.package import Contract
-from canopy.model.shift import SiteSquares
+from canopy.model.shift import ShiftReference, SiteSquares, fit_shift
 from canopy.model.squares import measure
 from canopy.tiler.chips import read_chip, read_index
 
@@ -90,3 +90,23 @@ def _measured(
         side_px = max(round(RESAMPLED_M / chip.gsd_m), 1)
         rows, cols = (squares.row + chip.row_px) // side_px, (squares.col + chip.col_px) // side_px
         yield chip, squares.features, [(chip.crs, chip.gsd_m, int(r), int(c)) for r, c in zip(rows, cols, strict=True)]
+
+
+def describe(
+    chips: Iterable[ChipResult], tile_sets: Sequence[Path], contract: Contract
+) -> tuple[ShiftReference | None, str | None]:
+    """What the calibration data look like, or why that cannot be said: they are too few squares of ground.
+
+    Args:
+        chips: Held-out chips; those that calibrate are looked at.
+        tile_sets: The sets that they are of.
+        contract: Of the model that predicted them.
+
+    Raises:
+        RecipeError: a tile set is missing, or is not the one that was predicted from.
+    """
+    squares = squares_of((chip for chip in chips if chip.calibrates), ChipImages(tile_sets), contract)
+    try:
+        return fit_shift(squares), None
+    except RecipeError as error:
+        return None, f"maps will not say where they are unlike the calibration data: {error}"

@@ -22,6 +22,7 @@ from canopy.model.held_out import About, HeldOut, read_folds, training_sha256, w
 from canopy.model.network import HeightNetwork
 from canopy.model.package import Contract, HeightModel, find_model, read_contract, save_model
 from canopy.model.recipe import TrainingRecipe
+from canopy.model.reference import describe
 from canopy.model.scores import FILE as METRICS_FILE
 from canopy.model.scores import How, Metrics, Score, SiteCoverage, Source, metrics_text, score_sites
 from canopy.model.sets import DataSets, extend
@@ -89,6 +90,9 @@ def finish(
             f"(training mean {score.training_mean.mae_m:.2f} m, random forest {score.random_forest.mae_m:.2f} m)"
         )
     calibration = calibrate(judged, recipe.calibrate, np.random.default_rng([recipe.seed, 2]))
+    shift, unknown = describe(judged, sets.paths, contract)
+    if unknown is not None:
+        say(unknown)
     metrics = Metrics(
         steps=recipe.optim.steps,
         start=_start_in_words(recipe),
@@ -111,6 +115,7 @@ def finish(
     save_model(
         out,
         network=network.cpu(),
+        shift=shift,
         contract=contract,
         card=card(contract, metrics),
         fixture_image=_fixture(recipe),

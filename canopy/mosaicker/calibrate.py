@@ -19,11 +19,15 @@ from canopy.model.card import rewrite_card
 from canopy.model.data import ChipDataset, Imagery
 from canopy.model.evaluate import evaluate_chips
 from canopy.model.held_out import About, write_held_out
-from canopy.model.package import find_model, read_contract, update_contract
+from canopy.model.package import file_sha256, find_model, read_contract, update_contract
 from canopy.model.recipe import Calibrate
+from canopy.model.reference import describe
 from canopy.model.scores import SiteCoverage
+from canopy.model.shift import FILE as SHIFT
+from canopy.model.shift import ShiftReference, save_shift
 from canopy.model.tables import Calibrated, Member
 from canopy.mosaicker.ensemble import Ensemble, load_ensemble
+from canopy.raster import delete
 from canopy.tiler.chips import DROPPED, read_index, tile_set_hash
 from canopy.tiler.split import BUFFER
 
@@ -38,6 +42,8 @@ class CalibrationResult:
     """The tables and what they were measured to hold."""
 
     calibrated: Calibrated
+    shift: ShiftReference | None
+    """What the calibration data look like; None for augmented or averaged predictions, and where they are too few."""
     coverage: tuple[SiteCoverage, ...]
     """Each site by tables fitted on the others."""
     warnings: tuple[str, ...]
@@ -121,6 +127,8 @@ def calibrate_models(
         # On disk, since the predictions are read twice and those of a large set do not fit into memory.
         held_out = write_held_out(Path(scratch), about, evaluate_chips(ensemble, None, chips, progress=progress))
         fitted = calibrate(held_out, settings, np.random.default_rng([seed, 2]))
+        # Features of other predictions than a model's own would be compared with those of no map.
+        shift, unknown = describe(held_out, tile_sets, contract) if ensemble.members == 1 else (None, None)
     calibrated = Calibrated(
         members=tuple(
             Member(name=m.contract.name, version=m.contract.version, weights_sha256=m.contract.weights_sha256)
@@ -132,7 +140,8 @@ def calibrate_models(
         blocks=fitted.blocks,
     )
     coverage = tuple(SiteCoverage.of(site, "left out of the fit", c) for site, c in fitted.left_out.items())
-    return CalibrationResult(calibrated=calibrated, coverage=coverage, warnings=tuple(_warnings(fitted)))
+    warnings = (*_warnings(fitted), *([] if unknown is None else [unknown]))
+    return CalibrationResult(calibrated=calibrated, shift=shift, coverage=coverage, warnings=warnings)
 
 
 def _splits(tile_set: Path, ensemble: Ensemble) -> tuple[str, ...]:
@@ -229,6 +238,9 @@ def keep_tables(
             f"keep the new tables in a file with --out"
         )
     assert [m.weights_sha256 for m in made.members] == [contract.weights_sha256], f"{folder} is another model by now"
-    update_contract(folder, contract, calibration=made.pixels, blocks=made.blocks)
+    digest = None if result.shift is None else file_sha256(save_shift(folder, result.shift))
+    update_contract(folder, contract, calibration=made.pixels, blocks=made.blocks, shift_sha256=digest)
+    if digest is None:
+        delete(folder / SHIFT)
     rewrite_card(folder, result.coverage)
     return folder

@@ -1,5 +1,6 @@
 """Calibrating a way of predicting on tile sets, keeping the tables, and maps that use them."""
 
+import dataclasses
 import json
 import shutil
 
@@ -69,7 +70,13 @@ def test_tables_go_into_the_model_and_its_card(result, model):
         keep_tables(result, [model])
     keep_tables(result, [model], overwrite=True)
     assert (model / "card.md").read_text() == card, "the section is replaced, not added again"
-    assert load_ensemble(model).tables.pixels == result.calibrated.pixels
+    loaded = load_ensemble(model)
+    assert loaded.tables.pixels == result.calibrated.pixels
+    assert loaded.shift is not None
+    assert loaded.shift.sites == SITES
+    keep_tables(dataclasses.replace(result, shift=None), [model], overwrite=True)
+    assert load_ensemble(model).shift is None
+    assert not (model / "shift.safetensors").exists()
     assert before != (model / "model.toml").read_text()
 
 
