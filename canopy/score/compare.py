@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from canopy.grid import Box
 from canopy.metrics import CLASS_EDGES_M, class_index
+from canopy.model.blocks import BlockTable
 from canopy.score.cells import Cells, HeightRasters, corners, touched
 from canopy.score.pictures import ErrorMap, ErrorMapSums
 from canopy.score.registration import Site
@@ -35,6 +36,8 @@ class Layers:
     height: HeightRasters
     bounds: tuple[HeightRasters, HeightRasters] | None
     """Lower and upper ends of its intervals; None where it has none that would mean anything for the cells."""
+    means: BlockTable | None = None
+    """How wrong it says that its means over ground may be."""
     moves: tuple[tuple[Site, Shift], ...] = ()
     """Shifts to apply, by site, for the registered scores."""
 
@@ -171,6 +174,8 @@ def _count_tile(
             seen = _Seen(reference_m=reference_m, map_m=maps_m[number], common=common, bounds_m=bounds_m[number])
             seen.count((row, col), sums, here, groups)
             seen.count_surfaces((row, col), sums, around, (place.row0, place.col0))
+            if (table := maps[number].means) is not None:
+                seen.count_means((row, col), sums, here, (place.row0, place.col0), table)
             registered, moved = counted.registered[number], moved_m[number]
             if registered is not None and moved is not None:
                 both = common & np.isfinite(moved)
@@ -260,6 +265,16 @@ class _Seen:
         if common[1:-1, 1:-1].any():
             map_m, reference_m = (np.where(common, h[around], np.nan) for h in (self.map_m, self.reference_m))
             sums.add_surfaces(square, map_m, reference_m, first)
+
+    def count_means(
+        self, square: Square, sums: MapSums, here: tuple[slice, slice], first: tuple[int, int], table: BlockTable
+    ) -> None:  # fmt: skip
+        """Count whether the map's intervals of means hold the blocks of one square."""
+        common = self.common[here]
+        if self.bounds_m is not None and common.any():
+            map_m, reference_m = (np.where(common, h[here], np.nan) for h in (self.map_m, self.reference_m))
+            half_m = (self.bounds_m[1][here] - self.bounds_m[0][here]) / 2
+            sums.add_means(square, map_m, half_m, reference_m, first, table)
 
 
 def _limit(counted: Counted) -> None:

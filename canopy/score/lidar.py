@@ -216,7 +216,8 @@ def compare_lidar(
 
 def _layers(each: OpenMap, statistic: Statistic, sites: Sequence[Site], shifts: Sequence[Shift]) -> Layers:
     moves = tuple((site, shift) for site, shift in zip(sites, shifts, strict=True) if shift.applied)
-    return Layers(height=each.height, bounds=each.bounds if statistic == "mean" else None, moves=moves)
+    bounds, means = (each.bounds, each.means) if statistic == "mean" else (None, None)
+    return Layers(height=each.height, bounds=bounds, means=means, moves=moves)
 
 
 def _refuse_empty(counted: Counted, maps: Sequence[OpenMap], reference: OpenReference) -> None:

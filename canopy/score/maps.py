@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from pyproj import CRS
 
 from canopy.errors import CanopyError, OutputError, RasterError, ScoreError
+from canopy.model.blocks import BlockTable
+from canopy.model.tables import Calibrated
 from canopy.raster import RasterPool, open_raster
+from canopy.region.records import WORK
 from canopy.score.cells import HeightRasters
 from canopy.score.leaks import model_of, models_of_tags
 from canopy.score.result import MapInfo, ModelInfo
@@ -89,6 +93,8 @@ class OpenMap:
     """The raster of the heights, or the first of several."""
     bounds: tuple[HeightRasters, HeightRasters] | None
     """Lower and upper end of the 90 % interval; None without."""
+    means: BlockTable | None
+    """How wrong the map says that its means over ground may be; None where it does not."""
     imagery: tuple[Path, ...]
     """The local images that it was made of, those that are there."""
 
@@ -109,11 +115,7 @@ def open_maps(given: Sequence[GivenMap], pool: RasterPool) -> list[OpenMap]:
         while name in names:
             name, number = f"{found.info.name} ({number})", number + 1
         info = found.info.model_copy(update={"name": name})
-        opened.append(
-            OpenMap(
-                info=info, height=found.height, height_path=found.height_path, bounds=found.bounds, imagery=found.imagery
-            )
-        )
+        opened.append(replace(found, info=info))
     return opened
 
 
@@ -128,7 +130,7 @@ def _folder_of_map(path: Path) -> Path | None:
     if path.is_dir():
         if any((path / name).exists() for name in HEIGHT):
             return path
-        if (path / ".canopy").exists():
+        if (path / WORK).exists():
             raise OutputError(f"{path} holds no finished map; finish it first with canopy map resume {path}")
         return None
     return path.parent if path.name in HEIGHT and (path.parent / RUN).is_file() else None
@@ -163,8 +165,21 @@ def _open_output(given: GivenMap, folder: Path, pool: RasterPool) -> OpenMap:
         height=height,
         height_path=height_path,
         bounds=None if error_path is None else _bounds(error_path, pool),
+        means=None if run is None else _means(run, folder),
         imagery=imagery,
     )
+
+
+def _means(run: dict[str, Any], folder: Path) -> BlockTable | None:
+    intervals = run.get("intervals")
+    if intervals is None:  # uncalibrated, or made by a version that did not keep them
+        return None
+    try:
+        return Calibrated.model_validate(intervals).blocks
+    except ValidationError as error:
+        raise OutputError(
+            f"{folder / RUN} holds intervals of another version ({error.errors()[0]['msg']}); make the map again"
+        ) from error
 
 
 def _run(folder: Path) -> dict[str, Any] | None:
@@ -232,6 +247,7 @@ def _open_product(given: GivenMap, pool: RasterPool) -> OpenMap:
         height=height,
         height_path=paths[0],
         bounds=None,
+        means=None,
         imagery=(),
     )
 

@@ -131,6 +131,7 @@ def blocks_of(sums: MapSums, draws: Draws, *what: str | int) -> BlockMeasures | 
         r2=estimate(total.r2, resampled, "r2"),
         rmse_m=estimate(total.rmse_m, resampled, "rmse_m"),
         mae_m=estimate(total.mae_m, resampled, "mae_m"),
+        coverage=coverage_of("blocks", sums.block_intervals, draws, *what) if len(sums.block_intervals) else None,
     )
 
 

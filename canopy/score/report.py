@@ -332,6 +332,14 @@ def _coarse(
                 (f"R² {over}", blocks.r2, ratio),
                 (f"RMSE {over}, m", blocks.rmse_m, metres),
                 (f"MAE {over}, m", blocks.mae_m, metres),
+                *(
+                    []
+                    if (held := blocks.coverage) is None
+                    else [
+                        (f"inside the 90 % interval {over}, %", held.coverage, percent),
+                        (f"mean width of the 90 % interval {over}, m", held.mean_width_m, metres),
+                    ]
+                ),
             ]
         if (edges := score.edges) is not None:
             found += [

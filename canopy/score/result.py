@@ -207,6 +207,8 @@ class BlockMeasures(_Value):
     r2: Estimate
     rmse_m: Estimate
     mae_m: Estimate
+    coverage: Coverage | None = None
+    """Whether the map's own 90 % intervals of such means hold the reference's; None where it gives none."""
 
 
 class EdgeMeasures(_Value):

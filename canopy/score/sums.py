@@ -29,6 +29,7 @@ from canopy.metrics import (
     IntervalSums,
     class_index,
 )
+from canopy.model.blocks import BlockTable, mean_interval
 
 MOST_SQUARES = 4096
 """Squares of ground that are kept apart: more would make no interval surer and every one slower."""
@@ -180,6 +181,7 @@ class MapSums:
     edges: BySquare[EdgeSums] = field(default_factory=BySquare)
     cover: tuple[BySquare[CoverCounts], ...] = field(default_factory=lambda: tuple(BySquare() for _ in COVER_M))
     intervals: BySquare[IntervalSums] = field(default_factory=BySquare)
+    block_intervals: BySquare[IntervalSums] = field(default_factory=BySquare)
     groups: dict[Key, BySquare[HeightSums]] = field(default_factory=dict)
     group_intervals: dict[Key, BySquare[IntervalSums]] = field(default_factory=dict)
     """Also ("predicted", class of predicted height) and ("stated", class of stated error)."""
@@ -208,7 +210,7 @@ class MapSums:
         """Put squares together four by four, everywhere."""
         self.level += 1
         heights: list[BySquare[HeightSums]] = [self.heights, self.blocks, *self.groups.values()]
-        intervals: list[BySquare[IntervalSums]] = [self.intervals, *self.group_intervals.values()]
+        intervals: list[BySquare[IntervalSums]] = [self.intervals, self.block_intervals, *self.group_intervals.values()]
         for some in (heights, intervals, self.cover, [self.edges]):
             for each in some:
                 each.coarsen()
@@ -255,6 +257,35 @@ class MapSums:
         if heights.n:
             self.blocks.add(place, heights)
         self._add_worst(blocks)
+
+    def add_means(  # noqa: PLR0917 - the three surfaces go together
+        self, square: Square, map_m: Floats, half_m: Floats, reference_m: Floats, first: tuple[int, int], table: BlockTable
+    ) -> None:  # fmt: skip
+        """Count whether intervals of means hold the blocks of one square.
+
+        Args:
+            square: Which.
+            map_m: (row, col) of the square, NaN where not to be counted.
+            half_m: Half-widths of the intervals of its cells.
+            reference_m: The same of the reference.
+            first: Row and column, from the cells' origin, of the square's first cell.
+            table: What turns the mean half-width of a block into the interval of its mean.
+        """
+        if not self.cut.block_px:
+            return
+        cut = {"block_m": self.cut.block_px * self.cut.gsd_m, "gsd_m": self.cut.gsd_m}
+        given = np.isfinite(half_m)
+        means, halves = (
+            BlockSums.of(values, reference_m, given, **cut, row0=first[0], col0=first[1]) for values in (map_m, half_m)
+        )
+        enough = means.n >= max(1.0, 0.5 * means.side_px**2)
+        n = means.n[enough]
+        lower_m, upper_m = mean_interval(
+            means.prediction_sum_m[enough] / n, halves.prediction_sum_m[enough] / n, n * self.cut.gsd_m**2, table
+        )
+        held = IntervalSums.of(lower_m, upper_m, means.reference_sum_m[enough] / n)
+        if held.n:
+            self.block_intervals.add(self.place(square), held)
 
     def add_intervals(self, square: Square, bounds_m: tuple[Floats, Floats], map_m: Floats, reference_m: Floats) -> None:
         """Count the intervals of one square's cells, (cell,), NaN where the map gives none."""

@@ -31,7 +31,9 @@ def write(path, heights_m, gsd_m=1.0, *, left=LEFT_M, top=TOP_M, crs=UTM, unit="
     return path
 
 
-def write_map(folder, height_m, lower_m=None, upper_m=None, gsd_m=1.0, *, models=(), left=LEFT_M, top=TOP_M, run=True):
+def write_map(
+    folder, height_m, lower_m=None, upper_m=None, gsd_m=1.0, *, models=(), left=LEFT_M, top=TOP_M, run=True, intervals=None
+):
     """The output folder of a map, with its record."""
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "height.tif", height_m, gsd_m, left=left, top=top)
@@ -43,7 +45,7 @@ def write_map(folder, height_m, lower_m=None, upper_m=None, gsd_m=1.0, *, models
             band_names=("error_90_m", "lower_90_m", "upper_90_m"), units=("m",) * 3,
         )  # fmt: skip
     if run:
-        record = {"models": list(models), "imagery": {"files": []}}
+        record = {"models": list(models), "imagery": {"files": []}, "intervals": intervals}
         (folder / "run.json").write_text(json.dumps(record))
     return folder
 

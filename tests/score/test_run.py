@@ -8,7 +8,11 @@ import pytest
 from numpy.testing import assert_allclose
 
 from canopy.errors import CanopyError, NoCrsError, OutputError, ScoreError
+from canopy.model.blocks import BlockTable
+from canopy.model.calibration import CalibrationTable
+from canopy.model.tables import Calibrated, Member
 from canopy.raster import write_raster
+from canopy.region.records import WORK
 from canopy.score import GivenMap, GivenReference, References, Strata, read_result, score_map
 from canopy.score import compare as compare_module
 from canopy.score.cells import bounds_deg
@@ -158,6 +162,24 @@ def test_blocks_by_hand(tmp_path):
     assert first.bounds == (LEFT_M, TOP_M - 30, LEFT_M + 30, TOP_M)
     assert first.n == 900
     assert -123.1 < first.lon_deg < -122.9
+
+
+def test_intervals_of_means_by_hand(tmp_path):
+    """The same two blocks, whose pixels are said to be good to 4 m and their means to three tenths of that, so to 1.2 m."""
+    true, found = (np.repeat([[a, b]], 30, axis=0).repeat(30, axis=1).astype(float) for a, b in ((10, 20), (12, 19)))
+    blocks = BlockTable(sides_m=(30.0,), lower_factor=(0.3,), upper_factor=(0.3,), blocks=(100,), sites=("A",))
+    pixels = CalibrationTable(edges_m=(0.0,), lower_factor=(2.0,), upper_factor=(2.0,), pixels=(9000,), sites=("A",))
+    one = Member(name="m", version="1", weights_sha256="0" * 64)
+    tables = Calibrated(members=(one,), tta="none", tile_sets={}, pixels=pixels, blocks=blocks).model_dump(mode="json")
+    chm = write(tmp_path / "chm.tif", true)
+    _, score = only(scored(write_map(tmp_path / "map", found, found - 4, found + 4, intervals=tables), chm))
+    held = score.blocks.coverage
+    assert (held.n, held.n_below, held.n_above) == (2, 1, 0)
+    assert held.mean_width_m.value == pytest.approx(2.4, abs=1e-5)
+    _, untold = only(scored(write_map(tmp_path / "untold", found, found - 4, found + 4), chm))
+    assert untold.blocks.coverage is None
+    with pytest.raises(CanopyError, match=r"run.json holds intervals of another version \(.*\); make the map again"):
+        scored(write_map(tmp_path / "odd", found, intervals={"format": 9}), chm)
 
 
 def test_edges_of_a_ramp(tmp_path):
@@ -426,7 +448,7 @@ def test_errors_are_one_line(slip, tmp_path):
 
 
 def unfinished(tmp_path):
-    (tmp_path / "unfinished" / ".canopy").mkdir(parents=True)
+    (tmp_path / "unfinished" / WORK).mkdir(parents=True)
     return tmp_path / "unfinished"
 
 
