@@ -70,9 +70,9 @@ def test_a_biased_model_gets_a_lopsided_interval_that_covers():
 
 def test_every_site_weighs_the_same():
     small, large = forest(5, 4000, factor=4.0, site="small"), forest(6, 80_000, factor=1.0, site="large")
-    both = fit_calibration(*joined(small, large), edges=())
-    alone = fit_calibration(*large, edges=())
-    half = fit_calibration(*joined(forest(5, 80_000, factor=4.0, site="small"), large), edges=())
+    both = fit_calibration(*joined(small, large), edges=(), least_tail=0.5)
+    alone = fit_calibration(*large, edges=(), least_tail=0.5)
+    half = fit_calibration(*joined(forest(5, 80_000, factor=4.0, site="small"), large), edges=(), least_tail=0.5)
     assert both.upper_factor[0] == pytest.approx(half.upper_factor[0], rel=0.05)
     assert both.upper_factor[0] > 1.5 * alone.upper_factor[0]
     assert both.sites == ("large", "small")
@@ -134,6 +134,27 @@ def test_inconsistent_tables_are_refused(wrong):
         CalibrationTable(**good | wrong)
 
 
+def test_the_misses_are_dealt_so_that_intervals_are_narrow_but_not_all_to_one_side():
+    """Errors with a long tail above: the upper end costs more, so it may miss more often, up to the limit."""
+    rng = np.random.default_rng(0)
+
+    def lopsided(n):
+        mean = rng.uniform(20, 29, n)
+        return mean, np.ones(n), mean - 2 + rng.exponential(2.0, n), np.full(n, "A")
+
+    fitted, fresh = lopsided(40_000), lopsided(40_000)[:3]
+    equal, dealt, all_above = (fit_calibration(*fitted, least_tail=share) for share in (0.5, 0.25, 0.02))
+    tables = {
+        name: measure_coverage(t, *fresh).total for name, t in (("equal", equal), ("dealt", dealt), ("free", all_above))
+    }
+    for held in tables.values():
+        assert held.coverage == pytest.approx(0.9, abs=0.01)
+    assert tables["free"].mean_width_m < tables["dealt"].mean_width_m < 0.95 * tables["equal"].mean_width_m
+    assert tables["dealt"].n_above / tables["dealt"].n == pytest.approx(0.075, abs=0.006)
+    assert tables["equal"].n_above / tables["equal"].n == pytest.approx(0.05, abs=0.006)
+    assert tables["free"].n_above / tables["free"].n > 0.09
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("n", "nominal"), [(199, 0.9), (2500, 0.8), (2500, 0.9)])
 def test_the_quantiles_are_those_of_mapie(n, nominal):
@@ -144,7 +165,8 @@ def test_the_quantiles_are_those_of_mapie(n, nominal):
     from sklearn.dummy import DummyRegressor
 
     mean, spread, true, site = forest(12, n, bias_m=1.5)
-    table = fit_calibration(mean, spread, true, site, edges=(), nominal=nominal, least_px=50, spread_floor_m=1e-6)
+    settings = {"nominal": nominal, "least_px": 50, "spread_floor_m": 1e-6, "least_tail": 0.5}
+    table = fit_calibration(mean, spread, true, site, edges=(), **settings)
     scaled = (true.astype(np.float64) - mean) / spread
     nothing = np.zeros((n, 1))
     oracle = SplitConformalRegressor(
