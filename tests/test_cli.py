@@ -160,6 +160,7 @@ def test_map_of_an_area_with_options(canopy, image, tiny_model, tmp_path):
     assert run["map"]["shape"] == [35, 30]
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_a_map_would_take_and_does_nothing(canopy, image, tiny_model, tmp_path):
     before = tree(tmp_path)
     command = ("map", "--imagery", image, "--model", tiny_model, "--out", tmp_path / "out", "--sheet-size", 70, "--plan")
@@ -173,6 +174,7 @@ def test_a_plan_says_what_a_map_would_take_and_does_nothing(canopy, image, tiny_
     assert tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_the_same_command_twice_gives_the_same_bytes(canopy, image, tiny_model, tmp_path):
     command = ("map", "--imagery", image, "--model", tiny_model, "--out", tmp_path / "out")
     assert canopy(*command).returncode == 0

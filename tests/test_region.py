@@ -256,6 +256,7 @@ def test_files_of_two_crss_and_three_grids_are_one_map(mixed, mixed_map, whole):
     assert (found[0] != wanted[0])[110:160, 100:160].mean() > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sheet_px", [50, 111])
 def test_sheets_change_no_bit_of_a_mixed_folder(mixed, mixed_map, tiny_model, tmp_path, sheet_px):
     result = map_region(imagery=mixed, model=tiny_model, out=tmp_path / "out", sheet_px=sheet_px)

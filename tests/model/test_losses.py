@@ -259,6 +259,7 @@ def part_of_a_batch(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_and_the_gradient_of_one(tmp_path):
     torch.multiprocessing.spawn(part_of_a_batch, (tmp_path,), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -37,6 +37,7 @@ def released(tile_sets, tmp_path_factory):
     return train(path, resume=folder / "runs" / "tiny")
 
 
+@pytest.mark.slow
 def test_a_site_with_a_fold_is_judged_by_the_fold(released):
     metrics = read_metrics(released)
     assert [(s.site, s.how) for s in metrics.scores] == [

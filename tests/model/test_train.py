@@ -107,6 +107,7 @@ def test_neither_a_model_nor_a_run_is_overwritten(whole, tile_sets, tmp_path):
         train(path, out=tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_training_reduces_the_loss_and_beats_the_mean(tile_sets, tmp_path):
     path = recipe(tile_sets, tmp_path, optim__steps=60, optim__lr=1e-2, optim__checkpoint_every=100)
     out = train(path, out=tmp_path / "model")
@@ -117,6 +118,7 @@ def test_training_reduces_the_loss_and_beats_the_mean(tile_sets, tmp_path):
     assert far["model"]["mae_m"] < 0.8 * far["training_mean"]["mae_m"]
 
 
+@pytest.mark.slow
 def test_a_site_held_out_by_argument_is_not_trained_on(tile_sets, tmp_path):
     path = recipe(tile_sets, tmp_path, optim__steps=1)
     out = train(path, out=tmp_path / "model", hold_out=["WEST"])

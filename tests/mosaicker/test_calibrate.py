@@ -80,6 +80,7 @@ def test_tables_go_into_the_model_and_its_card(result, model):
     assert before != (model / "model.toml").read_text()
 
 
+@pytest.mark.slow
 def test_tables_of_turned_windows_are_a_file_that_their_maps_take(tiny_model, tiles, tmp_path):
     turned = calibrate_models(tiny_model, [tiles], tta="flips")
     with pytest.raises(ContractError, match="with test-time augmentation flips are of no single model; keep them in a file"):
@@ -138,6 +139,7 @@ def test_ground_that_trained_the_model_is_refused(model, tiles):
     assert calibrate_models(model, [tiles], allow_leak=True).calibrated.pixels.sites == SITES
 
 
+@pytest.mark.slow
 def test_of_a_set_that_trained_the_model_only_what_was_held_back(model, tiles):
     trained = read_contract(model).training.model_copy(update={"tile_sets": {"any": tile_set_hash(tiles)}})
     update_contract(model, read_contract(model), training=trained)

@@ -37,7 +37,7 @@ def test_a_table_and_two_files(canopy, pair, tmp_path):
     assert "report.html" in done.output.splitlines()[-1]
     result = read_result(tmp_path / "score" / "score.json")
     assert result.comparisons[0].maps[0].measures.bias_m.value == 1
-    assert result.command.startswith("canopy ")
+    assert result.command.startswith("canopy")
 
 
 def test_json_is_the_result(canopy, pair, tmp_path):

@@ -188,6 +188,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_treated_copy_elsewhere_is_found(tmp_path, pictures):
     names = [str(pictures / f"p{i}.tif") for i in range(7)]
     files = two(tmp_path, FAR[:4], AWAY, image=(names[:4], [names[4], names[6], names[5]]))

@@ -128,6 +128,7 @@ def test_a_cluster_of_processes_gives_the_same_bytes(source, tmp_path):
     assert content(out) == whole
 
 
+@pytest.mark.slow
 def test_errors_of_a_worker_arrive_in_one_line(source, tmp_path, run_canopy):
     path, _ = source
     for name in ("data", "set.toml"):
@@ -238,6 +239,7 @@ def heights(tile_set):
     return {name: read_chip(tile_set, name)[1] for name in read_index(tile_set)["id"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ground", ["classes", "filter"])
 def test_tiles_of_heights_do_not_show(forest, monkeypatch, ground):
     """Chips of a cloud that is made in many tiles are those of one that is made at once: to a millimetre or two over ground

@@ -546,6 +546,7 @@ def test_heights_are_moved_when_the_recipe_says_so(wood, fixed_shift, apply):
     assert len(index) <= len(fixed_shift) < 1.5 * len(index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apply", ["chip", "acquisition"])
 def test_a_label_that_is_off_is_moved_back(tmp_path, apply):
     """A drawn forest whose heights lie 1.5 m east and 1 m south of the image."""

@@ -937,6 +937,7 @@ def test_near_infrared_that_its_writer_tagged_as_alpha(samples):
         np.testing.assert_array_equal(dataset.read(), pixels.data)
 
 
+@pytest.mark.slow
 def test_autzen_cut_into_tiles_of_two_crss(samples, tmp_path):
     """Tiles in feet are the photo to the last bit; those carried to UTM first differ as much as resampling twice does."""
     with open_raster(samples / "autzen" / "autzen.jpg") as photo:

@@ -377,6 +377,7 @@ def test_truncated_files_end_with_one_line(sources, tmp_path, kind, share):
     assert path.name in str(told.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["laz", "copc", "ept"])
 def test_corrupt_bytes_end_with_one_line_or_are_seen_by_nobody(few, tmp_path, kind):
     """A flipped byte may decode to other values, LAZ has no checksums; it must not end in another kind of error."""
@@ -844,6 +845,7 @@ def standing(crs, *, foot=1.0):
     return cloud
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spacing_m", [0.0, 0.5])
 def test_an_ept_in_web_mercator_with_z_in_feet_gives_the_heights_of_the_cloud_it_was_made_of(tmp_path, spacing_m):
     grid = Grid(crs=UTM, transform=Affine(1, 0, LEFT, 0, -1, BOTTOM + 60), shape=(60, 60))

@@ -71,6 +71,7 @@ def only(**tables):
     return QualitySettings.model_validate({name: tables.get(name, {"on": False}) for name in CHECKS})
 
 
+@pytest.mark.slow
 def test_a_simulated_forest_passes_every_check(forest):
     known = changed(
         forest, image_date=date(2020, 7, 1), lidar_date=date(2020, 8, 1), latitude_deg=45.0, shift=shift(0, 0, 0.0)
