@@ -62,6 +62,7 @@ def test_a_site_with_a_fold_is_judged_by_the_fold(released):
     assert metrics.scores[0].training_mean.mae_m == pytest.approx(means.mae_m, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_only_sites_new_to_a_model_calibrate(released):
     table = read_contract(released).calibration
     assert table.sites == ("EAST", "FAR")
@@ -72,10 +73,12 @@ def test_only_sites_new_to_a_model_calibrate(released):
     }
 
 
+@pytest.mark.slow
 def test_the_card_is_made_from_the_files(released):
     assert (released / CARD).read_text() == card_of(released)
 
 
+@pytest.mark.slow
 def test_a_start_that_has_seen_the_site_is_refused_before_the_first_step(released, tile_sets, tmp_path):
     path = recipe(tile_sets, tmp_path / "recipes", **QUICK, model__start_from=str(released))
     check_start(read_recipe(path), path.parent)
