@@ -87,14 +87,15 @@ def test_killed_at_twenty_random_moments(forks, image, tiny_model, whole, whole_
     killed = finished = 0
     out = tmp_path / "0"
     while killed < 20:
-        if not out.exists() or not (out / WORK).exists():
-            finished += out.exists()
-            if out.exists():
-                assert content(out) == unbroken
-            out = tmp_path / str(finished)
-            fork = forks.start(*command(image, tiny_model, out, *words))
-        else:
+        whole_now = (out / "run.json").exists()
+        if region_left(out) or (whole_now and (out / WORK).exists()):
             fork = forks.start("map", "resume", out)
+        else:  # not begun, or killed before there was a plan, or whole
+            if whole_now:
+                assert content(out) == unbroken
+                finished += 1
+                out = tmp_path / str(finished)
+            fork = forks.start(*command(image, tiny_model, out, *words))
         time.sleep(rng.uniform(0, takes_s))
         code = fork.kill()
         killed += code == -signal.SIGKILL
