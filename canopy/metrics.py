@@ -566,6 +566,10 @@ class BlockSums:
         """Side of a block on the ground, metres: what a block R² must be quoted with."""
         return self.side_px * self.gsd_m
 
+    def enough(self, least_fraction: float = 0.5) -> NDArray[np.bool_]:
+        """(block,) True where at least this share of a block's pixels have prediction and reference."""
+        return self.n >= max(1.0, least_fraction * self.side_px**2)
+
     def heights(self, *, least_fraction: float = 0.5) -> HeightSums:
         """The sums over block means, each block one sample.
 
@@ -573,7 +577,7 @@ class BlockSums:
             least_fraction: Share of a block's pixels that must have prediction and reference for the block to count; blocks
                 with fewer go to `n_missing` of the result.
         """
-        enough = self.n >= max(1.0, least_fraction * self.side_px**2)
+        enough = self.enough(least_fraction)
         n = self.n[enough]
         sums = HeightSums.of(self.prediction_sum_m[enough] / n, self.reference_sum_m[enough] / n)
         return sums + HeightSums(n_missing=int((~enough).sum()))

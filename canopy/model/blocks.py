@@ -230,10 +230,4 @@ def measured_blocks(table: BlockTable, held: Mapping[str, Mapping[float, Interva
     if not held:
         return table
     sums = [sum((sides.get(side_m, IntervalSums()) for sides in held.values()), IntervalSums()) for side_m in table.sides_m]
-    measured = MeasuredCoverage(
-        how="sites left out in turn",
-        sites=tuple(held),
-        pixels=tuple(s.n for s in sums),
-        inside=tuple(s.n - s.n_below - s.n_above for s in sums),
-    )
-    return table.model_copy(update={"measured": measured})
+    return table.model_copy(update={"measured": MeasuredCoverage.of("sites left out in turn", held, sums)})

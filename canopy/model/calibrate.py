@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from canopy.model.blocks import BlockKey, BlockMeans, BlockTable, block_coverage
 from canopy.model.calibration import (
     CalibrationTable,
     Coverage,
+    How,
     MeasuredCoverage,
     cross_coverage,
     fit_calibration,
@@ -127,14 +127,6 @@ def _blocks(squares: Mapping[str | None, BlockMeans], nominal: float) -> BlockTa
     return measured_blocks(table, held)
 
 
-def _measured(
-    how: Literal["sites left out in turn", "other held-out chips"], sites: dict[str, Coverage]
-) -> MeasuredCoverage:
+def _measured(how: How, sites: dict[str, Coverage]) -> MeasuredCoverage:
     by_class = zip(*(coverage.classes for coverage in sites.values()), strict=True)
-    sums = [sum(parts, IntervalSums()) for parts in by_class]
-    return MeasuredCoverage(
-        how=how,
-        sites=tuple(sites),
-        pixels=tuple(s.n for s in sums),
-        inside=tuple(s.n - s.n_below - s.n_above for s in sums),
-    )
+    return MeasuredCoverage.of(how, sites, [sum(parts, IntervalSums()) for parts in by_class])

@@ -13,7 +13,7 @@ NumPy only. All arrays of one call are one-dimensional and of one length, in met
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Self
@@ -43,18 +43,31 @@ TAIL_STEPS = 11
 """Splits of the misses that are tried."""
 
 
+How = Literal["other held-out chips", "sites left out in turn"]
+"""Either chips that the table was not fitted on, or each site by a table fitted on the other sites."""
+
+
 class MeasuredCoverage(BaseModel):
     """What the intervals held on pixels that had no part in making them."""
 
     model_config = _FROZEN
 
-    how: Literal["other held-out chips", "sites left out in turn"]
-    """Either chips that the table was not fitted on, or each site by a table fitted on the other sites."""
+    how: How
     sites: tuple[str, ...] = Field(min_length=1)
     pixels: tuple[NonNegativeInt, ...]
     """Per class of the table: pixels looked at."""
     inside: tuple[NonNegativeInt, ...]
     """Per class of the table: those whose true height the interval held."""
+
+    @classmethod
+    def of(cls, how: How, sites: Iterable[str], sums: Sequence[IntervalSums]) -> Self:
+        """From the sums of each class."""
+        return cls(
+            how=how,
+            sites=tuple(sites),
+            pixels=tuple(s.n for s in sums),
+            inside=tuple(s.n - s.n_below - s.n_above for s in sums),
+        )
 
     @property
     def overall(self) -> float:

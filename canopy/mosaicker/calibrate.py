@@ -25,7 +25,7 @@ from canopy.model.reference import describe
 from canopy.model.scores import SiteCoverage
 from canopy.model.shift import FILE as SHIFT
 from canopy.model.shift import ShiftReference, save_shift
-from canopy.model.tables import Calibrated, Member
+from canopy.model.tables import Calibrated
 from canopy.mosaicker.ensemble import Ensemble, load_ensemble
 from canopy.raster import delete
 from canopy.tiler.chips import DROPPED, read_index, tile_set_hash
@@ -88,7 +88,7 @@ def calibrate_models(
 ) -> CalibrationResult:
     """Fit the tables of a way of predicting on tile sets.
 
-    Nothing is written; see `canopy.model.tables.Calibrated.write` for a file and `keep_in_model` for a model folder.
+    Nothing is written; see `keep_tables`.
 
     Args:
         models: Model folder or name, or several whose heights are averaged.
@@ -124,35 +124,27 @@ def calibrate_models(
             name=ensemble.name, training_sha256="", weights_sha256="", tile_sets={}, trained_sites=(), training_mean_m=0.0,
             forest_px=0,
         )  # fmt: skip
-        # On disk, since the predictions are read twice and those of a large set do not fit into memory.
+        # On disk, since the predictions are read several times and those of a large set do not fit into memory.
         held_out = write_held_out(Path(scratch), about, evaluate_chips(ensemble, None, chips, progress=progress))
         fitted = calibrate(held_out, settings, np.random.default_rng([seed, 2]))
         # Features of other predictions than a model's own would be compared with those of no map.
         shift, unknown = describe(held_out, tile_sets, contract) if ensemble.members == 1 else (None, None)
-    calibrated = Calibrated(
-        members=tuple(
-            Member(name=m.contract.name, version=m.contract.version, weights_sha256=m.contract.weights_sha256)
-            for m in ensemble.models
-        ),
-        tta=ensemble.tta,
-        tile_sets={path.name: tile_set_hash(path) for path in tile_sets},
-        pixels=fitted.table,
-        blocks=fitted.blocks,
-    )
+    digests = {path.name: tile_set_hash(path) for path in tile_sets}
+    calibrated = ensemble.calibrated(fitted.table, fitted.blocks, digests)
     coverage = tuple(SiteCoverage.of(site, "left out of the fit", c) for site, c in fitted.left_out.items())
     warnings = (*_warnings(fitted), *([] if unknown is None else [unknown]))
     return CalibrationResult(calibrated=calibrated, shift=shift, coverage=coverage, warnings=warnings)
 
 
 def _splits(tile_set: Path, ensemble: Ensemble) -> tuple[str, ...]:
-    found = sorted(set(read_index(tile_set)["split"]) - {BUFFER, DROPPED})
-    if _trained(tile_set, ensemble):
-        found = [split for split in found if split == "val"]
-    if not found:
+    found = tuple(sorted(set(read_index(tile_set)["split"]) - {BUFFER, DROPPED}))
+    if not _trained(tile_set, ensemble):
+        return found
+    if "val" not in found:
         raise RecipeError(
             f"{tile_set} trained {ensemble.name} and has no chip in split val; give another tile set, or --split"
         )
-    return tuple(found)
+    return ("val",)
 
 
 def _trained(tile_set: Path, ensemble: Ensemble) -> bool:

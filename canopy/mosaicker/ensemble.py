@@ -6,7 +6,7 @@ the same margins, and every opinion is about the same imagery. The members are a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from canopy.errors import ContractError
+from canopy.model.blocks import BlockTable
 from canopy.model.calibration import CalibrationTable
 from canopy.model.package import Contract, HeightModel, find_model, load_model
 from canopy.model.shift import ShiftReference
@@ -175,13 +176,17 @@ class Ensemble:
         """What turns spreads into intervals, of pixels and of means over ground; None: not known, see `uncalibrated`."""
         if self.given is not None or self.calibration is None:
             return self.given
-        members = [
+        return self.calibrated(self.calibration, self.contract.blocks)
+
+    def calibrated(
+        self, pixels: CalibrationTable, blocks: BlockTable | None, tile_sets: Mapping[str, str] | None = None
+    ) -> Calibrated:
+        """Tables as those of these models and turns; by name the index digests of what calibrated, where it is known."""
+        members = tuple(
             Member(name=m.contract.name, version=m.contract.version, weights_sha256=m.contract.weights_sha256)
             for m in self.models
-        ]
-        return Calibrated(
-            members=tuple(members), tta=self.tta, tile_sets={}, pixels=self.calibration, blocks=self.contract.blocks
         )
+        return Calibrated(members=members, tta=self.tta, tile_sets=dict(tile_sets or {}), pixels=pixels, blocks=blocks)
 
     @property
     def shift(self) -> ShiftReference | None:

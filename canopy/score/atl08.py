@@ -15,17 +15,16 @@ itself is good to some 4 m.
 
 from __future__ import annotations
 
-from datetime import date
 from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from canopy.errors import SourceError
 from canopy.score.footprint import WGS84, Shots
 from canopy.score.granule import Granule, Paths, granule_paths, open_granule
-from canopy.score.sieve import TWICE, BoundsLonLat, Sieve, add_up, check_bounds, check_dates
+from canopy.score.sieve import TWICE, Sieve, SiftSettings, add_up
 
 BEAMS: Final = ("gt1l", "gt1r", "gt2l", "gt2r", "gt3l", "gt3r")
 
@@ -51,17 +50,9 @@ _NEIGHBOUR_M: Final = 5000.0
 NO_OPEN_GROUND: Final = "segments without canopy photons have no height in ATL08, so open ground is not in this reference"
 
 
-class Atl08Settings(BaseModel):
+class Atl08Settings(SiftSettings):
     """Which segments count; the defaults are those of the studies that validate metre-resolution maps with ICESat-2."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    bounds_deg: BoundsLonLat | None = None
-    """Only segments with their centre in this rectangle, (west, south, east, north)."""
-    since: date | None = None
-    """First day, UTC."""
-    until: date | None = None
-    """Last day."""
     strong_beams: bool = True
     """Only the three strong beams; while the satellite turns nobody knows which these are, and all segments are dropped."""
     night: bool = True
@@ -74,12 +65,6 @@ class Atl08Settings(BaseModel):
     """Length of the segments; None takes those of 20 m where a granule has them, and those of 100 m where it does not."""
     radius_m: float = Field(default=7.0, gt=0, le=50)
     """What lies so near to the centre of a 20 m segment, or to the line of a 100 m segment, is compared with it."""
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Atl08Settings:
-        check_dates(self.since, self.until)
-        check_bounds(self.bounds_deg)
-        return self
 
 
 def read_atl08(paths: Paths, settings: Atl08Settings | None = None) -> Shots:

@@ -13,17 +13,16 @@ model that the product carries. All else is counted by reason.
 from __future__ import annotations
 
 import re
-from datetime import date
 from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from canopy.errors import SourceError
 from canopy.score.footprint import MAX_REACH_M, WGS84, Shots
 from canopy.score.granule import Granule, Paths, granule_paths, open_granule
-from canopy.score.sieve import TWICE, BoundsLonLat, Sieve, add_up, check_bounds, check_dates
+from canopy.score.sieve import TWICE, Sieve, SiftSettings, add_up
 
 POWER_BEAMS: Final = ("BEAM0101", "BEAM0110", "BEAM1000", "BEAM1011")
 """The beams of the two lasers that are not split; the others, coverage beams, have half their energy."""
@@ -47,17 +46,9 @@ _VERSION_1: Final = 2
 """The last processing (PGE version) of version 1 of the product."""
 
 
-class GediSettings(BaseModel):
+class GediSettings(SiftSettings):
     """Which shots count; the defaults are those of the studies that validate metre-resolution maps with GEDI."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    bounds_deg: BoundsLonLat | None = None
-    """Only shots with their centre in this rectangle, (west, south, east, north)."""
-    since: date | None = None
-    """First day, UTC."""
-    until: date | None = None
-    """Last day."""
     power_beams: bool = True
     """Only the four beams of full power."""
     quality: bool = True
@@ -78,12 +69,6 @@ class GediSettings(BaseModel):
     """Which relative height; the map is asked for the percentile of the same number."""
     radius_m: float = Field(default=12.0, gt=0, le=MAX_REACH_M)
     """Radius of the disc in which the map is asked."""
-
-    @model_validator(mode="after")
-    def _in_order(self) -> GediSettings:
-        check_dates(self.since, self.until)
-        check_bounds(self.bounds_deg)
-        return self
 
 
 def read_gedi(paths: Paths, settings: GediSettings | None = None) -> Shots:

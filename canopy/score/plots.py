@@ -19,19 +19,18 @@ predicts the other, not how wrong the map is. So there is no default: the statis
 
 from __future__ import annotations
 
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pyproj import CRS
 from pyproj.exceptions import CRSError
 
 from canopy.errors import SourceError
 from canopy.score.footprint import MAX_REACH_M, WGS84, Shots, check_statistic
-from canopy.score.sieve import NO_HEIGHT, BoundsLonLat, Sieve, check_bounds, check_dates
+from canopy.score.sieve import NO_HEIGHT, Sieve, SiftSettings
 from canopy.settings import nearest
 from canopy.tiler.heights import MAX_HEIGHT_M
 
@@ -46,10 +45,8 @@ _PARQUET: Final = (".parquet", ".geoparquet")
 _DEGREES: Final = ("lon", "lat")
 
 
-class PlotSettings(BaseModel):
+class PlotSettings(SiftSettings):
     """How to read a file of field plots."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     height_column: str
     """The column of heights."""
@@ -73,17 +70,9 @@ class PlotSettings(BaseModel):
     """The column of names; default the number of the row."""
     date_column: str | None = None
     """The column of days (ISO: 2021-07-15)."""
-    bounds_deg: BoundsLonLat | None = None
-    """Only plots with their centre in this rectangle, (west, south, east, north)."""
-    since: date | None = None
-    """First day."""
-    until: date | None = None
-    """Last day."""
 
     @model_validator(mode="after")
     def _whole(self) -> PlotSettings:
-        check_dates(self.since, self.until)
-        check_bounds(self.bounds_deg)
         try:
             check_statistic(self.statistic)
         except SourceError as error:

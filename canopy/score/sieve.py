@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import date
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from canopy.tiler.heights import MAX_HEIGHT_M
 
@@ -62,30 +64,30 @@ class Sieve:
             self.drop(TOO_HIGH, height_m > MAX_HEIGHT_M)
 
 
+class SiftSettings(BaseModel):
+    """Where and when: what the settings of every kind of shots have."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bounds_deg: BoundsLonLat | None = None
+    """Only shots with their centre in this rectangle, (west, south, east, north)."""
+    since: date | None = None
+    """First day, UTC."""
+    until: date | None = None
+    """Last day."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.since is not None and self.until is not None and self.since > self.until:
+            raise ValueError(f"since {self.since} is after until {self.until}; swap them")
+        if self.bounds_deg is not None:
+            west, south, east, north = self.bounds_deg
+            if not (-180 <= west < east <= 540 and -90 <= south < north <= 90):
+                raise ValueError(f"bounds_deg {self.bounds_deg} are not west < east, south < north in degrees")
+        return self
+
+
 def add_up(total: dict[str, int], more: Mapping[str, int]) -> None:
     """Add the counts of another beam or file to a total, reason by reason, in the order in which they first came."""
     for reason, count in more.items():
         total[reason] = total.get(reason, 0) + count
-
-
-def check_dates(since: date | None, until: date | None) -> None:
-    """For settings: refuse days in the wrong order.
-
-    Raises:
-        ValueError: `since` is after `until`.
-    """
-    if since is not None and until is not None and since > until:
-        raise ValueError(f"since {since} is after until {until}; swap them")
-
-
-def check_bounds(bounds_deg: BoundsLonLat | None) -> None:
-    """For settings: refuse a rectangle that is none.
-
-    Raises:
-        ValueError: not west < east and south < north in degrees.
-    """
-    if bounds_deg is None:
-        return
-    west, south, east, north = bounds_deg
-    if not (-180 <= west < east <= 540 and -90 <= south < north <= 90):
-        raise ValueError(f"bounds_deg {bounds_deg} are not west < east, south < north in degrees")

@@ -278,7 +278,7 @@ class MapSums:
         means, halves = (
             BlockSums.of(values, reference_m, given, **cut, row0=first[0], col0=first[1]) for values in (map_m, half_m)
         )
-        enough = means.n >= max(1.0, 0.5 * means.side_px**2)
+        enough = means.enough()
         n = means.n[enough]
         lower_m, upper_m = mean_interval(
             means.prediction_sum_m[enough] / n, halves.prediction_sum_m[enough] / n, n * self.cut.gsd_m**2, table
@@ -328,7 +328,7 @@ class MapSums:
         self.scatter += np.bincount(flat, minlength=self.scatter.size).reshape(self.scatter.shape)
 
     def _add_worst(self, blocks: BlockSums) -> None:
-        enough = blocks.n >= max(1.0, 0.5 * blocks.side_px**2)
+        enough = blocks.enough()
         n = blocks.n[enough]
         map_m, reference_m = blocks.prediction_sum_m[enough] / n, blocks.reference_sum_m[enough] / n
         for (row, col), count, one, other in zip(blocks.block[enough].tolist(), n.tolist(), map_m, reference_m, strict=True):
