@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
-    {"errors", "settings", "grid", "heap", "textfile", "raster", "metrics", "page"},
+    {"errors", "settings", "grid", "heap", "textfile", "raster", "metrics", "page", "symbology"},
     {"tiler", "simulate"},
     {"model"},
     {"mosaicker"},
@@ -33,7 +33,7 @@ LAYERS = (
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 TORCH_FREE = (
-    "errors", "settings", "grid", "heap", "textfile", "raster", "metrics", "page", "tiler",
+    "errors", "settings", "grid", "heap", "textfile", "raster", "metrics", "page", "symbology", "tiler",
     "model.squares", "model.shift",
     "mosaicker.blend", "mosaicker.publish", "mosaicker.sheets", "mosaicker.quantum", "mosaicker.vrt", "mosaicker.gti",
 )  # fmt: skip

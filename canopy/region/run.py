@@ -31,6 +31,7 @@ from canopy.mosaicker.publish import COG_BYTES_PER_PIXEL, STAGED_BYTES_PER_PIXEL
 from canopy.mosaicker.stages import Stages
 from canopy.region.cluster import read_cluster
 from canopy.region.engine import Crew, Engine, Outcome, Told, crew_for, work_alone, work_together
+from canopy.region.folder import ERROR, HEIGHT, RUN
 from canopy.region.plan import MAX_FILE_PX, SHEET_PX, Plan, manifest_of, plan_region
 from canopy.region.records import (
     MOVES,
@@ -59,9 +60,6 @@ if TYPE_CHECKING:
     from canopy.mosaicker.forecast import Forecast
     from canopy.tiler.manifest import Manifest
 
-HEIGHT: Final = ("height.tif", "height.vrt")
-ERROR: Final = ("error.tif", "error.vrt")
-RUN: Final = "run.json"
 RESULTS: Final = (
     *HEIGHT, *ERROR, RUN, "sheets", *SHIFT,
     *(f"{kind}.{end}" for kind in ("height", "error") for end in ("vrt.ovr", "gti.gpkg", "gti.gpkg.ovr")),

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from pyproj import CRS
 
-from canopy.errors import CanopyError, OutputError, RasterError, ScoreError
+from canopy.errors import CanopyError, RasterError, ScoreError
 from canopy.model.blocks import BlockTable
-from canopy.model.tables import Calibrated
 from canopy.raster import RasterPool, open_raster
-from canopy.region.records import WORK
+from canopy.region.folder import RegionFolder
 from canopy.score.cells import HeightRasters
 from canopy.score.leaks import model_of, models_of_tags
 from canopy.score.result import MapInfo, ModelInfo
 from canopy.tiler.headers import NO_DATE, ImageFile, find_files, read_headers
 from canopy.tiler.heights import refuse_implausible, unit_m_of
 
-RUN = "run.json"
-HEIGHT = ("height.tif", "height.vrt")
-ERROR = ("error.tif", "error.vrt")
 BOUNDS = ("lower_90_m", "upper_90_m")
 
 DEEPEST_M = -20.0
@@ -121,76 +115,40 @@ def open_maps(given: Sequence[GivenMap], pool: RasterPool) -> list[OpenMap]:
 
 def _open(given: GivenMap, pool: RasterPool) -> OpenMap:
     checked_date(given.date, f"date of {given.path}")
-    folder = _folder_of_map(given.path)
+    folder = RegionFolder.find(given.path)
     return _open_product(given, pool) if folder is None else _open_output(given, folder, pool)
-
-
-def _folder_of_map(path: Path) -> Path | None:
-    """The output folder of `canopy map` that a path means; None for another raster."""
-    if path.is_dir():
-        if any((path / name).exists() for name in HEIGHT):
-            return path
-        if (path / WORK).exists():
-            raise OutputError(f"{path} holds no finished map; finish it first with canopy map resume {path}")
-        return None
-    return path.parent if path.name in HEIGHT and (path.parent / RUN).is_file() else None
 
 
 # --- maps of canopy --------------------------------------------------------------------------------------------------------
 
 
-def _open_output(given: GivenMap, folder: Path, pool: RasterPool) -> OpenMap:
-    height_path = next(folder / name for name in HEIGHT if (folder / name).exists())
-    error_path = next((folder / name for name in ERROR if (folder / name).exists()), None)
+def _open_output(given: GivenMap, folder: RegionFolder, pool: RasterPool) -> OpenMap:
     for name, value in (("band", given.band), ("unit", given.unit_m)):
         if value is not None:
-            raise ScoreError(f"{name} is given for {folder}, whose heights are metres in band 1; leave it out")
-    height = _rasters([height_path], pool, band=1, unit_m=None, option="unit", crs_if_none=None)
-    with open_raster(height_path) as raster:
-        tags = {key: value for key, value in raster.tags.items() if key.startswith("CANOPY_")}
-    run = _run(folder)
+            raise ScoreError(f"{name} is given for {folder.path}, whose heights are metres in band 1; leave it out")
+    height = _rasters([folder.height], pool, band=1, unit_m=None, option="unit", crs_if_none=None)
+    tags, run = folder.tags, folder.run
     models = models_of_tags(tags) if run is None else tuple(model_of(entry) for entry in run.get("models", []))
-    imagery, days = _imagery(run)
-    info = _info(given, height, default=folder.resolve().name or "map", kind="canopy map", models=models, path=folder)
+    imagery, days = _imagery(folder)
+    info = _info(
+        given, height, default=folder.path.resolve().name or "map", kind="canopy map", models=models, path=folder.path
+    )
     return OpenMap(
         info=info.model_copy(
             update={
                 "date": given.date or days,
                 "statistic": given.statistic or "mean of the predicted distribution of each pixel",
-                "has_intervals": error_path is not None,
+                "has_intervals": folder.error is not None,
                 "calibration": tags.get("CANOPY_CALIBRATION"),
                 "tags": tags,
             }
         ),
         height=height,
-        height_path=height_path,
-        bounds=None if error_path is None else _bounds(error_path, pool),
-        means=None if run is None else _means(run, folder),
+        height_path=folder.height,
+        bounds=None if folder.error is None else _bounds(folder.error, pool),
+        means=folder.blocks,
         imagery=imagery,
     )
-
-
-def _means(run: dict[str, Any], folder: Path) -> BlockTable | None:
-    intervals = run.get("intervals")
-    if intervals is None:  # uncalibrated, or made by a version that did not keep them
-        return None
-    try:
-        return Calibrated.model_validate(intervals).blocks
-    except ValidationError as error:
-        raise OutputError(
-            f"{folder / RUN} holds intervals of another version ({error.errors()[0]['msg']}); make the map again"
-        ) from error
-
-
-def _run(folder: Path) -> dict[str, Any] | None:
-    path = folder / RUN
-    try:
-        run = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise OutputError(f"{path} is no JSON; restore it, or delete it and the lineage of the map is unknown") from error
-    return run if isinstance(run, dict) else None
 
 
 def _bounds(path: Path, pool: RasterPool) -> tuple[HeightRasters, HeightRasters]:
@@ -207,11 +165,10 @@ def _bounds(path: Path, pool: RasterPool) -> tuple[HeightRasters, HeightRasters]
     return lower, upper
 
 
-def _imagery(run: dict[str, Any] | None) -> tuple[tuple[Path, ...], str | None]:
+def _imagery(folder: RegionFolder) -> tuple[tuple[Path, ...], str | None]:
     """The local images behind a map that are still there, and the days on which the imagery was taken."""
-    told = [] if run is None else run.get("imagery", {}).get("files", [])
-    paths = [Path(entry["path"]) for entry in told if "path" in entry]
-    there = tuple(path for path in paths if path.is_file())
+    told = [] if folder.run is None else folder.run.get("imagery", {}).get("files", [])
+    there = folder.images
     days = [day for entry in told if (day := str(entry.get("datetime") or "")[:10])]
     try:
         files = read_headers(there)

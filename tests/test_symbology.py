@@ -1,0 +1,72 @@
+import math
+from itertools import pairwise
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from skimage.color import deltaE_ciede2000, rgb2lab
+
+from canopy.symbology import ERROR_CLASSES, HEIGHT_CLASSES, UNKNOWN_COLOUR
+
+RAMPS = {"heights": HEIGHT_CLASSES, "errors": ERROR_CLASSES}
+
+# Machado, Oliveira and Fernandes (2009), severity 1.0, for linear RGB.
+VISION = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def lab(colours, matrix=None):
+    rgb = np.array(colours, float) / 255
+    if matrix is not None:
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        linear = np.clip(linear @ np.array(matrix).T, 0, 1)
+        rgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return rgb2lab(rgb[None])[0]
+
+
+def even(colours):
+    """Whether lightness runs one way in steps that differ by less than a factor of two."""
+    steps = np.diff(lab(colours)[:, 0])
+    return (np.sign(steps) == np.sign(steps[0])).all() and np.abs(steps).max() < 2 * np.abs(steps).min()
+
+
+@pytest.mark.parametrize("classes", RAMPS.values(), ids=RAMPS)
+def test_classes_join_and_start_at_0(classes):
+    assert classes[0].low == 0
+    assert math.isinf(classes[-1].high)
+    assert all(a.high == b.low for a, b in pairwise(classes))
+    assert len({each.name for each in classes}) == len(classes)
+
+
+def test_colours_are_those_of_the_ramps_they_claim():
+    viridis, magma = mpl.colormaps["viridis"], mpl.colormaps["magma"]
+    assert [c.colour for c in HEIGHT_CLASSES] == [to_hex(viridis(x)) for x in np.linspace(0, 1, len(HEIGHT_CLASSES))]
+    assert [c.colour for c in ERROR_CLASSES] == [to_hex(magma(x)) for x in np.linspace(0.95, 0.12, len(ERROR_CLASSES))]
+
+
+@pytest.mark.parametrize("classes", RAMPS.values(), ids=RAMPS)
+def test_lightness_runs_evenly_one_way(classes):
+    assert even([c.rgb for c in classes])
+
+
+def test_a_rainbow_does_not_run_evenly():
+    assert not even([[round(255 * v) for v in mpl.colormaps["jet"](x)[:3]] for x in np.linspace(0, 1, 9)])
+
+
+@pytest.mark.parametrize("kind", VISION)
+@pytest.mark.parametrize("classes", RAMPS.values(), ids=RAMPS)
+def test_neighbours_and_unknown_are_told_apart_by_every_eye(classes, kind):
+    seen = lab([c.rgb for c in classes], VISION[kind])
+    assert deltaE_ciede2000(seen[:-1], seen[1:]).min() > 4  # 2.3 is just noticeable
+    grey = lab([[0x9A] * 3], VISION[kind])
+    assert UNKNOWN_COLOUR == "#9a9a9a"
+    assert deltaE_ciede2000(seen, grey).min() > 4
+
+
+def test_labels_say_the_limits():
+    assert HEIGHT_CLASSES[1].label() == "2–5 m, shrubs and young trees"
+    assert ERROR_CLASSES[-1].label(sign="± ") == "± over 15 m, extreme"
