@@ -81,6 +81,11 @@ class Raster:
         self._dataset.close()
 
     @property
+    def dataset(self) -> Any:
+        """The `rasterio.DatasetReader`, for libraries that take one."""
+        return self._dataset
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns)."""
         return self._dataset.shape  # type: ignore[no-any-return]
