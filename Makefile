@@ -17,10 +17,10 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow test-browser lint bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed ## the whole pipeline on a scene whose heights are known, into demo/
 	$(VENV)/bin/canopy demo
@@ -29,10 +29,13 @@ demo: $(VENV)/.installed ## the whole pipeline on a scene whose heights are know
 TEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test: $(VENV)/.installed-dev ## the tests but the slow ones and the benchmarks
-	$(TEST) -m "not bench and not slow" $(PYTEST_ARGS)
+	$(TEST) -m "not bench and not slow and not browser" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev ## the tests marked slow
-	$(TEST) -m "slow and not bench" $(PYTEST_ARGS)
+	$(TEST) -m "slow and not bench and not browser" $(PYTEST_ARGS)
+
+test-browser: $(VENV)/.installed-dev ## the tests that drive a real browser (Debian's chromium)
+	$(RUN) pytest -m "browser and not bench" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff (rules and format) and mypy
 	$(RUN) ruff check .
@@ -53,12 +56,17 @@ define environment
 @test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 endef
 
+# The installation fetched it, or said nothing, because pip does not show what a build says: this says it, in one line.
+maplibre = @$(RUN) canopy.view.maplibre || true
+
 $(VENV)/.installed: pyproject.toml requirements.lock
 	$(environment)
 	$(RUN) pip install --quiet --disable-pip-version-check -c requirements.lock -e .
+	$(maplibre)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml requirements.lock
 	$(environment)
 	$(RUN) pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	$(maplibre)
 	@touch $(VENV)/.installed $@
