@@ -1,0 +1,1 @@
+"""A finished map in the browser: a local web server of tiles, values and statistics, and its page."""
