@@ -724,6 +724,34 @@ def bench_score(
         raise typer.Exit(3)
 
 
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Option(help="Model folder or name to try.")] = "canopy-sample",
+    *,
+    online: Annotated[bool, typer.Option("--online", help="Also ask the catalogues whether they answer.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine can do and what is missing; exit code 1 when something that is needed does not work.
+
+    Example: canopy doctor
+    """
+    from dataclasses import asdict
+
+    from canopy.doctor import examine, summary
+
+    findings = []
+    for finding in examine(model=model, online=online):
+        findings.append(finding)
+        if not as_json:
+            typer.echo(finding.line())
+    if as_json:
+        _print_json({"summary": summary(findings), "findings": [asdict(finding) for finding in findings]})
+    else:
+        typer.echo(summary(findings))
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
 @models_app.command("list")
 def models_list(*, as_json: Json = False) -> None:
     """List the models in ./models and in the source checkout, and the published weights that can be had.

@@ -25,7 +25,7 @@ LAYERS = (
     {"model"},
     {"mosaicker"},
     {"region"},
-    {"score", "analyse", "view", "demo"},
+    {"score", "analyse", "view", "demo", "doctor"},
     {"cli", "__main__"},
 )
 """Parts of the package from the foundation up; a part imports from its own layer and from those before it."""
