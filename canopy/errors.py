@@ -74,3 +74,7 @@ class SealError(CanopyError):
 
 class ScoreError(CanopyError):
     """A map and a reference that cannot be compared, or must not be."""
+
+
+class AnalysisError(CanopyError):
+    """A question that the maps at hand cannot answer, or must not be asked."""

@@ -457,6 +457,10 @@ class RasterWriter:
         assert data.dtype == np.dtype(self._dataset.dtypes[0]), f"{data.dtype} is not the file's {self._dataset.dtypes[0]}"
         self._dataset.write(data, window=Window(col, row, data.shape[2], data.shape[1]))
 
+    def write_palette(self, colours: Mapping[int, tuple[int, int, int]]) -> None:
+        """Give the values of the only band, of bytes, colours (red, green, blue); before any pixel is written."""
+        self._dataset.write_colormap(1, {value: (*rgb, 255) for value, rgb in colours.items()})
+
     def write_valid(self, valid: NDArray[np.bool_]) -> None:
         """Write the validity of the whole raster as its internal mask."""
         self._dataset.write_mask(valid)

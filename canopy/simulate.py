@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -1073,8 +1074,18 @@ def _survey(
 # --- scenes --------------------------------------------------------------------------------------------------------------
 
 
-def simulate_scene(*, grid: Grid, seed: int, forest: ForestConfig = ForestConfig()) -> Scene:  # noqa: B008 frozen
-    """Grow a forest on `grid` and survey it by LiDAR and camera.
+def simulate_scene(
+    *,
+    grid: Grid,
+    seed: int,
+    forest: ForestConfig = ForestConfig(),  # noqa: B008 frozen
+    exposure: int = 0,
+    felled: Callable[[Trees], NDArray[np.bool_]] | None = None,
+) -> Scene:
+    """Grow a forest on `grid` and survey it by LiDAR and camera; or come back to it another time.
+
+    A second visit has the same seed and forest, its own conditions and `exposure`, and may find trees `felled`: terrain,
+    stems and crowns are those of the first.
 
     Why spawned generators: ground, trees, photograph and LiDAR each draw from their own, so that for example another
     pulse density leaves the photograph as it is. The same seed, grid and forest give identical bytes on one machine.
@@ -1083,6 +1094,8 @@ def simulate_scene(*, grid: Grid, seed: int, forest: ForestConfig = ForestConfig
         grid: North-up, square pixels of 0.05 to 3 m, metric CRS.
         seed: Non-negative.
         forest: What grows there and under what light it is seen.
+        exposure: Which of its photographs: each has its own noise, and its own texture of soil and leaves.
+        felled: Which of the trees no longer stand, told from what they are: (tree,) bool.
 
     Raises:
         GridError: The grid is not metric, not north-up, not square, or too coarse or too fine.
@@ -1101,6 +1114,10 @@ def simulate_scene(*, grid: Grid, seed: int, forest: ForestConfig = ForestConfig
     cover = _ground_cover(forest, frame, cover_rng)
     ground = _terrain(forest, frame, cover, terrain_rng)
     trees = _grow(forest, grid, frame, cover, tree_rng)
+    if felled is not None:
+        trees = trees.take(np.flatnonzero(~felled(trees)))
+    if exposure:
+        photo_rng = np.random.default_rng([seed, exposure])
     relief_seed = _seed(relief_rng)
     height, base, crown = _stamped(trees, grid, frame, relief=forest.crown_relief, seed=relief_seed)
     image = _photograph(

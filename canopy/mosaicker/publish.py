@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import rasterio.shutil
@@ -129,6 +129,13 @@ def check_whole(path: Path, box: Box, count: int) -> None:
 # --- the COG -------------------------------------------------------------------------------------------------------------
 
 
+class Placement(Protocol):
+    """Says where boxes of pixels lie: a `Lattice`, or pixels that are counted from another origin."""
+
+    def grid(self, box: Box) -> Grid:
+        """The grid of `box`."""
+
+
 def write_pair(
     height: Path,
     error: Path,
@@ -193,7 +200,7 @@ def write_cog(
     out: Path,
     parts: Sequence[tuple[Box, Path]],
     *,
-    lattice: Lattice,
+    lattice: Placement,
     box: Box,
     band_names: Sequence[str],
     tags: Mapping[str, str],

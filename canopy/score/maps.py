@@ -51,6 +51,8 @@ class GivenMap:
     """Day or year of its imagery, ISO text."""
     statistic: str | None = None
     """What its heights mean, in words."""
+    crs: CRS | None = None
+    """CRS of rasters that name none."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -185,7 +187,7 @@ def _imagery(folder: RegionFolder) -> tuple[tuple[Path, ...], str | None]:
 def _open_product(given: GivenMap, pool: RasterPool) -> OpenMap:
     paths, _, _ = find_files(given.path)
     option = f"unit, as in {given.path},unit=0.1"
-    height = _rasters(paths, pool, band=given.band or 1, unit_m=given.unit_m, option=option, crs_if_none=None)
+    height = _rasters(paths, pool, band=given.band or 1, unit_m=given.unit_m, option=option, crs_if_none=given.crs)
     sample = sample_m(height)
     refuse_implausible(sample, str(given.path), option)
     _refuse_sunken(sample, paths[0])
