@@ -409,20 +409,21 @@ class RasterPool:
     def __init__(self, limit: int) -> None:
         assert limit > 0, f"a pool of {limit} files can hold none"
         self._limit = limit
-        self._open: OrderedDict[Path, Raster] = OrderedDict()
+        self._open: OrderedDict[tuple[Path, int | None], Raster] = OrderedDict()
 
-    def get(self, path: Path) -> Raster:
-        """The raster at `path`, to be used before the next call.
+    def get(self, path: Path, *, overview: int | None = None) -> Raster:
+        """The raster at `path`, or one of its overviews as for `open_raster`, to be used before the next call.
 
         Raises:
             RasterError: as `open_raster`.
         """
-        if path in self._open:
-            self._open.move_to_end(path)
-            return self._open[path]
+        key = path, overview
+        if key in self._open:
+            self._open.move_to_end(key)
+            return self._open[key]
         while len(self._open) >= self._limit:
             self._open.popitem(last=False)[1].close()
-        self._open[path] = raster = Raster(path, _open(path))
+        self._open[key] = raster = Raster(path, _open(path, **({} if overview is None else {"overview_level": overview})))
         return raster
 
     def close(self) -> None:

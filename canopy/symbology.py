@@ -58,5 +58,15 @@ ERROR_CLASSES: Final = _classes(
 )
 """Half-widths of the 90 % interval, ± metres."""
 
+DIFFERENCE_CLASSES: Final = _classes(
+    (-math.inf, -10, -5, -2, 2, 5, 10),
+    ("#005290", "#0883c3", "#90bae5", "#ebebeb", "#eda679", "#c0631d", "#7c3801"),
+    (
+        "over 10 m lower", "5–10 m lower", "2–5 m lower", "within 2 m", "2–5 m higher", "5–10 m higher", "over 10 m higher",
+    ),
+)  # fmt: skip
+"""Metres of one map minus another: blue where the first is lower, orange where it is higher, the darker the more. The
+steps of both arms are equally light (L* near 33, 52, 74), and blue and orange differ for every common kind of colour vision."""
+
 UNKNOWN_COLOUR: Final = "#9a9a9a"
 """Where nothing is known, or nothing is promised: grey, which is in no ramp."""

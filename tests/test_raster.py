@@ -571,6 +571,14 @@ def test_a_pool_keeps_few_files_open(tmp_path):
     assert all(raster._dataset.closed for raster in (first, again, *others))
 
 
+def test_a_pool_keeps_overviews_apart_from_their_raster(tmp_path):
+    path = plain(tmp_path / "a.tif", noise(1, 64, 64))
+    with rasterio.open(path, "r+") as dataset:
+        dataset.build_overviews([2], Resampling.average)
+    with RasterPool(2) as pool:
+        assert [pool.get(path, overview=level).shape for level in (None, 0, None)] == [(64, 64), (32, 32), (64, 64)]
+
+
 def test_a_pool_says_what_cannot_be_opened_and_goes_on(tmp_path):
     path = plain(tmp_path / "a.tif", noise(1, 9, 9))
     with RasterPool(2) as pool:

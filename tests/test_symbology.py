@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 from skimage.color import deltaE_ciede2000, rgb2lab
 
-from canopy.symbology import ERROR_CLASSES, HEIGHT_CLASSES, UNKNOWN_COLOUR
+from canopy.symbology import DIFFERENCE_CLASSES, ERROR_CLASSES, HEIGHT_CLASSES, UNKNOWN_COLOUR
 
 RAMPS = {"heights": HEIGHT_CLASSES, "errors": ERROR_CLASSES}
 
@@ -70,3 +70,16 @@ def test_neighbours_and_unknown_are_told_apart_by_every_eye(classes, kind):
 def test_labels_say_the_limits():
     assert HEIGHT_CLASSES[1].label() == "2–5 m, shrubs and young trees"
     assert ERROR_CLASSES[-1].label(sign="± ") == "± over 15 m, extreme"
+
+
+def test_differences_mirror_each_other_around_zero():
+    assert [each.low for each in DIFFERENCE_CLASSES] == [-each.high for each in reversed(DIFFERENCE_CLASSES)]
+    lightness = lab([each.rgb for each in DIFFERENCE_CLASSES])[:, 0]
+    np.testing.assert_allclose(lightness, lightness[::-1], atol=2.5)
+    assert (np.diff(lightness[:4]) > 15).all(), "lighter towards no difference"
+
+
+@pytest.mark.parametrize("matrix", [None, *VISION.values()], ids=["full", *VISION])
+def test_lower_and_higher_differ_for_every_kind_of_colour_vision(matrix):
+    seen = lab([each.rgb for each in DIFFERENCE_CLASSES], matrix)
+    assert (deltaE_ciede2000(seen[:3], seen[:3:-1]) > 15).all()
