@@ -65,8 +65,8 @@ DIFFERENCE_CLASSES: Final = _classes(
         "over 10 m lower", "5–10 m lower", "2–5 m lower", "within 2 m", "2–5 m higher", "5–10 m higher", "over 10 m higher",
     ),
 )  # fmt: skip
-"""Metres of one map minus another: blue where the first is lower, orange where it is higher, the darker the more. The
-steps of both arms are equally light (L* near 33, 52, 74), and blue and orange differ for every common kind of colour vision."""
+"""Metres of one map minus another: blue where the first is lower, orange where it is higher, the darker the more. The steps
+of both arms are about equally light (L* 33, 52, 74), and blue and orange differ for every common kind of colour vision."""
 
 UNKNOWN_COLOUR: Final = "#9a9a9a"
 """Where nothing is known, or nothing is promised: grey, which is in no ramp."""
