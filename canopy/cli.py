@@ -610,6 +610,42 @@ def score(
     typer.echo(f"{out / 'report.html'}")
 
 
+@app.command()
+def zonal(
+    out_map: Annotated[Path, typer.Argument(metavar="MAP", help="Output folder of canopy map.")],
+    polygons: Annotated[Path, typer.Argument(help="Polygons: GeoPackage, GeoJSON, Shapefile or GeoParquet, in any CRS.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Table to write: .gpkg, .parquet, .geojson or .csv (without geometries).")],
+    layer: Annotated[str | None, typer.Option(help="Layer of POLYGONS, where it has several.")] = None,
+    gap_below: Annotated[float, typer.Option(help="Ground under canopy lower than this many metres may be a gap.")] = 2.0,
+    least_gap: Annotated[float, typer.Option(help="Least area of a gap, square metres.")] = 10.0,
+    prefix: Annotated[str, typer.Option(help="Put before the names of the new columns.")] = "",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Statistics of a map over polygons, each with its error; pixels on an edge count with the area that lies inside.
+
+    The polygons keep their columns and get: area_m2, known_fraction (where the map has a height; the rest is about that
+    ground), mean_m, p50_m, p95_m, max_m, cover_2m and cover_5m (share of ground with canopy above 2 and 5 m), gap_fraction.
+    Each but max_m has a lower and an upper end, such as mean_lower_90_m and cover_2m_upper_90, empty where it is not known.
+    Names that end in _m are metres, in _m2 square metres, the others shares from 0 to 1.
+
+    Example: canopy zonal demo/map stands.gpkg --out stands-heights.gpkg
+    """
+    from canopy.analyse.zonal import write_zonal
+
+    with _progress("polygons") as progress:
+        summary = write_zonal(
+            out_map, polygons, out, layer=layer, gap_below_m=gap_below, least_gap_m2=least_gap, prefix=prefix,
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json(summary.as_json())
+        return
+    for line in summary.lines():
+        typer.echo(line)
+
+
 @bench_app.command("seal")
 def bench_seal(
     tile_sets: Annotated[list[Path], typer.Argument(help="Folders of labelled tile sets.", metavar="TILESET...")],

@@ -1,0 +1,129 @@
+"""How much ground there is of each height: from it come means, quantiles and shares of any area, exactly.
+
+Heights of a map are whole numbers of 1/32 m, so a histogram in these steps loses nothing, parts of an area add up to the
+whole, and a million square kilometres take no more memory than a garden.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from canopy.errors import RasterError
+from canopy.mosaicker.quantum import QUANTUM_M
+
+_SHARE_TOLERANCE = 1e-9
+"""Shares of an area that are this close are the same: they are sums of rounded shares of pixels."""
+
+
+class HeightHistogram:
+    """Weights, such as areas, by height."""
+
+    def __init__(self) -> None:
+        self._first = 0
+        self._weights = np.zeros(0)
+
+    def add(self, height_m: NDArray[np.float32], weight: NDArray[np.float32]) -> None:
+        """Take in pixels: heights on the quantum, of which NaN is left out, and their weights, not negative.
+
+        Raises:
+            RasterError: a height is not a multiple of `QUANTUM_M`, or is infinite.
+        """
+        heights, weights = np.ascontiguousarray(height_m).ravel(), np.ascontiguousarray(weight).ravel()
+        assert heights.shape == weights.shape, f"{heights.size} heights and {weights.size} weights"
+        least, largest, off = _range(heights, weights)
+        if off:
+            raise RasterError(f"{off} heights are not multiples of 1/{round(1 / QUANTUM_M)} m; make the map with canopy map")
+        if least <= largest:
+            self._reach(least, largest)
+            _fill(heights, weights, self._weights, self._first)
+
+    def _reach(self, least: int, largest: int) -> None:
+        if self._weights.size == 0:
+            self._first, self._weights = least, np.zeros(largest - least + 1)
+            return
+        last = self._first + self._weights.size - 1
+        before, after = max(self._first - least, 0), max(largest - last, 0)
+        if before or after:
+            self._weights = np.pad(self._weights, (before, after))
+            self._first -= before
+
+    @property
+    def heights_m(self) -> NDArray[np.float64]:
+        """Every step from the least to the greatest height."""
+        return (self._first + np.arange(self._weights.size, dtype=np.float64)) * QUANTUM_M
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """The weight at each of `heights_m`."""
+        return self._weights
+
+    @property
+    def total(self) -> float:
+        """Weight of all heights."""
+        return float(self._weights.sum())
+
+    @property
+    def mean_m(self) -> float:
+        """Mean height, NaN without any."""
+        total = self.total
+        return float(self._weights @ self.heights_m) / total if total > 0 else math.nan
+
+    @property
+    def least_m(self) -> float:
+        """Least height, NaN without any."""
+        return self._end(0)
+
+    @property
+    def max_m(self) -> float:
+        """Greatest height, NaN without any."""
+        return self._end(-1)
+
+    def _end(self, index: int) -> float:
+        there = np.flatnonzero(self._weights)
+        return float(self.heights_m[there[index]]) if there.size else math.nan
+
+    def quantile_m(self, level: float) -> float:
+        """The least height that at least the share `level` of the weight does not exceed, NaN without any."""
+        total = self.total
+        if not total > 0:
+            return math.nan
+        reached = np.cumsum(self._weights)
+        at = int(np.searchsorted(reached, level * total - _SHARE_TOLERANCE * total, side="left"))
+        at = max(min(at, self._weights.size - 1), int(np.flatnonzero(self._weights)[0]))
+        return float(self.heights_m[at])
+
+    def share_above(self, height_m: float) -> float:
+        """Share of the weight that is higher than `height_m`, NaN without any."""
+        total = self.total
+        return float(self._weights[self.heights_m > height_m].sum()) / total if total > 0 else math.nan
+
+    def by_class(self, edges_m: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Weights from each edge up to but not including the next; what lies beyond the edges counts in the end classes."""
+        index = np.clip(np.searchsorted(edges_m, self.heights_m, side="right") - 1, 0, edges_m.size - 2)
+        return np.bincount(index, self._weights, minlength=edges_m.size - 1).astype(np.float64)
+
+
+@njit(nogil=True, cache=True)
+def _range(height_m: NDArray[np.float32], weight: NDArray[np.float32]) -> tuple[int, int, int]:
+    """Least and largest height in quanta, and how many are none."""
+    least, largest, off = 2**62, -(2**62), 0
+    for i in range(height_m.size):
+        if weight[i] == 0 or np.isnan(height_m[i]):
+            continue
+        quanta = height_m[i] * np.float32(1 / QUANTUM_M)
+        if not abs(quanta) < 2**23 or quanta != np.rint(quanta):
+            off += 1
+            continue
+        least, largest = min(least, int(quanta)), max(largest, int(quanta))
+    return least, largest, off
+
+
+@njit(nogil=True, cache=True)
+def _fill(height_m: NDArray[np.float32], weight: NDArray[np.float32], weights: NDArray[np.float64], first: int) -> None:
+    for i in range(height_m.size):
+        if weight[i] != 0 and not np.isnan(height_m[i]):
+            weights[int(height_m[i] * np.float32(1 / QUANTUM_M)) - first] += weight[i]
