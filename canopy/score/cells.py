@@ -160,6 +160,11 @@ class HeightRasters:
         return max(file.gsd_m for file in self.files)
 
     @property
+    def metres(self) -> Mapping[Path, tuple[float, float]]:
+        """Of each file (scale, offset) such that a height in metres is scale * value + offset."""
+        return self._metres
+
+    @property
     def unit_m(self) -> float:
         """Metres per unit of the values of the first file, its scale included."""
         return self._metres[self.files[0].path][0]
@@ -241,7 +246,7 @@ class HeightRasters:
         values = self._native(layer, native)
         if values is None:
             return None
-        values_m, refused, negative = _judge(values) if self._judged else (values, None, None)
+        values_m, refused, negative = judge(values) if self._judged else (values, None, None)
 
         def any_of(mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
             if mask is None or not mask.any():
@@ -314,8 +319,8 @@ def _starts(start: int, stop: int, count: int, side: int) -> list[int]:
     return sorted({round(v) for v in np.linspace(start, max(start, stop - side), count)})
 
 
-def _judge(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Heights as labels have them, and where something was unknown or set to 0 m for it."""
+def judge(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Heights as labels have them, and where something was set to unknown or to 0 m for it."""
     refused = (values < -MAX_BELOW_GROUND_M) | (values > MAX_HEIGHT_M)
     negative = (values < 0) & ~refused
     return np.where(refused, np.nan, np.where(negative, 0.0, values)), refused, negative
