@@ -85,10 +85,14 @@ class DataSets:
         return bool((index["split"].isin(list(splits)) & ~index["site"].isin(list(excluded))).any())
 
     def training(self) -> list[TrainingSet]:
-        """What trains."""
+        """What trains.
+
+        Raises:
+            RecipeError: nothing does.
+        """
         sampling, model = self.recipe.sampling.model_dump(), self.recipe.model
         imagery = Imagery(bands=model.bands, value_range=model.value_range, gsd_range_m=model.gsd_range_m)
-        return [
+        sets = [
             TrainingSet(
                 tile_set=self.paths[k],
                 share=s.share,
@@ -102,6 +106,16 @@ class DataSets:
             for k, s in enumerate(self.recipe.data.set)
             if self._has(k, s.train, self._excluded(k, held_out=True))
         ]
+        if not sets:
+            found = "; ".join(
+                f"{path.name} has {', '.join(f'{n} {name}' for name, n in sorted(index['split'].value_counts().items()))}"
+                for path, index in zip(self.paths, self.indexes, strict=True)
+            )
+            raise RecipeError(
+                f"no tile set has a chip in the splits that train ({found}); name others in `train`, hold fewer "
+                f"sites out, or change [split] or [quality] of the tile set's recipe and build it again"
+            )
+        return sets
 
     def training_chips(self) -> list[ChipDataset]:
         """The whole chips that train, nothing random."""

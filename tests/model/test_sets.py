@@ -69,3 +69,10 @@ def test_labels_that_are_all_unknown_are_refused(tile_sets, tmp_path):
     index.to_parquet(copy / "open" / "index.parquet")
     with pytest.raises(RecipeError, match="not one pixel with a known height"):
         opened(copy, tmp_path)
+
+
+def test_a_recipe_without_a_training_chip_says_what_there_is(tile_sets, tmp_path):
+    only_scored = {"path": str(tile_sets / "open"), "train": ["elsewhere"], "calibrate": ["val"], "score": ["test"]}
+    sets = opened(tile_sets, tmp_path, data={"set": [only_scored]})
+    with pytest.raises(RecipeError, match=r"no tile set has a chip in the splits that train \(open has .*\d+ train"):
+        sets.training()
