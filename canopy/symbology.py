@@ -70,3 +70,27 @@ of both arms are about equally light (L* 33, 52, 74), and blue and orange differ
 
 UNKNOWN_COLOUR: Final = "#9a9a9a"
 """Where nothing is known, or nothing is promised: grey, which is in no ramp."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedValue:
+    """A value of a map of kinds, which is no measure of anything."""
+
+    value: int
+    colour: str
+    """#rrggbb."""
+    name: str
+
+    @property
+    def rgb(self) -> tuple[int, int, int]:
+        """The colour as three numbers of 0 to 255."""
+        return int(self.colour[1:3], 16), int(self.colour[3:5], 16), int(self.colour[5:7], 16)
+
+
+CHANGE_VALUES: Final = (
+    NamedValue(value=0, colour=UNKNOWN_COLOUR, name="unknown"),
+    NamedValue(value=1, colour=DIFFERENCE_CLASSES[1].colour, name="loss"),
+    NamedValue(value=2, colour=DIFFERENCE_CLASSES[3].colour, name="no detectable change"),
+    NamedValue(value=3, colour=DIFFERENCE_CLASSES[5].colour, name="gain"),
+)
+"""What became of a pixel between two dates, in the colours that a difference of heights has."""

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 from skimage.color import deltaE_ciede2000, rgb2lab
 
-from canopy.symbology import DIFFERENCE_CLASSES, ERROR_CLASSES, HEIGHT_CLASSES, UNKNOWN_COLOUR
+from canopy.symbology import CHANGE_VALUES, DIFFERENCE_CLASSES, ERROR_CLASSES, HEIGHT_CLASSES, UNKNOWN_COLOUR
 
 RAMPS = {"heights": HEIGHT_CLASSES, "errors": ERROR_CLASSES}
 
@@ -83,3 +83,11 @@ def test_differences_mirror_each_other_around_zero():
 def test_lower_and_higher_differ_for_every_kind_of_colour_vision(matrix):
     seen = lab([each.rgb for each in DIFFERENCE_CLASSES], matrix)
     assert (deltaE_ciede2000(seen[:3], seen[:3:-1]) > 15).all()
+
+
+@pytest.mark.parametrize("matrix", [None, *VISION.values()], ids=["full", *VISION])
+def test_values_of_change_are_told_apart_by_every_eye(matrix):
+    seen = lab([each.rgb for each in CHANGE_VALUES], matrix)
+    apart = deltaE_ciede2000(seen[:, None], seen[None])
+    assert apart[~np.eye(len(seen), dtype=bool)].min() > 10
+    assert [each.value for each in CHANGE_VALUES] == [0, 1, 2, 3]
