@@ -249,7 +249,10 @@ def _create(config: NetworkConfig, *, pretrained: bool) -> Any:
         ) from error
     except Exception as error:  # as above: a KeyError of one, an AssertionError of the next
         asked = "pretrained = true and these backbone_options" if pretrained else "these backbone_options"
-        raise RecipeError(f"timm cannot build {config.backbone!r} with {asked}: {_first_line(error)}") from error
+        raise RecipeError(
+            f"timm cannot build {config.backbone!r} with {asked}: {_first_line(error)}; correct backbone_options, or choose "
+            f"another backbone"
+        ) from error
     if not hasattr(body, "forward_intermediates") or not hasattr(body, "prune_intermediate_layers"):
         raise RecipeError(f"backbone {config.backbone!r} cannot give feature maps; choose for example pvt_v2_b0")
     return body

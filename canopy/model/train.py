@@ -642,7 +642,7 @@ def _trainer(
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise RecipeError(
             f"accelerator {optim.accelerator!r} with {here.devices} devices and precision {optim.precision} cannot be had: "
-            f"{' '.join(str(error).split())}"
+            f"{' '.join(str(error).split()).rstrip('.')}; correct [optim], canopy doctor tells what is here"
         ) from error
     if batch_norm and trainer.world_size > 1 and (optim.strategy == "fsdp" or trainer.strategy.root_device.type == "cpu"):
         raise RecipeError(

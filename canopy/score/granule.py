@@ -111,7 +111,10 @@ class Granule:
         if unit == "m" and said is not None and said.strip().lower() not in _METRES:
             raise SourceError(f"{self.path}: {name} is in {said!r}, not in metres; give the product as delivered")
         if cols is not None and (dataset.ndim != 2 or dataset.shape[1] <= cols):
-            raise SourceError(f"{self.path}: {name} has the shape {dataset.shape}, so there is no column {cols} in it")
+            raise SourceError(
+                f"{self.path}: {name} has the shape {dataset.shape}, so there is no column {cols} in it; "
+                f"give the product as delivered"
+            )
         span = slice(None) if rows is None else rows
         try:
             return np.asarray(dataset[span] if cols is None else dataset[span, cols])

@@ -283,7 +283,10 @@ def _check_valid(name: str, polygons: geopandas.GeoSeries) -> None:
     invalid = ~polygons.is_valid
     if invalid.any():
         reason = shapely.is_valid_reason(polygons[invalid].iloc[0])
-        raise AreaError(f"the area of interest {name} has an invalid polygon ({reason}); repair its geometry first")
+        raise AreaError(
+            f"the area of interest {name} has an invalid polygon ({reason}); repair it, for example with Fix "
+            f"geometries of QGIS"
+        )
 
 
 def area_mask(polygons: geopandas.GeoSeries | None, lattice: Lattice, box: Box) -> NDArray[np.bool_]:

@@ -357,7 +357,10 @@ def _labels(
 def _base(model: Path, contract: Contract, ran: Ran) -> Base:
     """The base model with what it took."""
     if ran.ended != "itself" or ran.code:
-        raise SealError(f"base model {contract.name} {contract.version} did not predict: {ran.said or ran.ended}")
+        raise SealError(
+            f"base model {contract.name} {contract.version} did not predict: {ran.said or ran.ended}; raise the budget, or "
+            f"choose another base model with --base"
+        )
     return Base(
         name=contract.name, version=contract.version, weights_sha256=file_sha256(model / WEIGHTS), licence=contract.licence,
         parameters=parameters_in(model / WEIGHTS), seconds=round(ran.seconds, 3), memory_mib=max(ran.memory_mib, 1),
