@@ -646,6 +646,67 @@ def zonal(
         typer.echo(line)
 
 
+@app.command()
+def change(
+    before: Annotated[
+        str, typer.Argument(help="Earlier map: output folder of canopy map, or a raster of heights such as a lidar CHM.")
+    ],
+    after: Annotated[str, typer.Argument(help="Later map.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for change.tif, classes.tif, changes.gpkg and change.json.")],
+    min_area: Annotated[
+        float, typer.Option(help="Minimum mapping unit, square metres; smaller losses and gains count as undetected.")
+    ] = 100.0,
+    combine: Annotated[
+        str | None,
+        typer.Option(
+            help="How two errors become one: root-sum-square (they are independent or alike; default for maps by one model) "
+            "or sum (nothing is known of that; default for anything else)."
+        ),
+    ] = None,
+    error_before: Annotated[
+        float | None,
+        typer.Option(help="± metres that hold the true height in 90 % of the pixels, for an earlier map without intervals."),
+    ] = None,
+    error_after: Annotated[float | None, typer.Option(help="The same of the later map.")] = None,
+    stable: Annotated[
+        Path | None,
+        typer.Option(help="Polygons where nothing changed; intervals become as wide as they must be to hold there."),
+    ] = None,
+    crs: Annotated[str | None, typer.Option(help="CRS of rasters that name none, for example EPSG:32722.")] = None,
+    resample: Annotated[
+        bool, typer.Option("--resample", help="Bring maps of different pixels onto the coarser ones, and mark the result.")
+    ] = False,
+    allow_different_models: Annotated[
+        bool,
+        typer.Option("--allow-different-models", help="Compare maps by different or unknown models, and mark the result."),
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Say what changed between two maps of one place: loss or gain only where it exceeds the errors of both.
+
+    Dates, where files do not say them, and the unit or band of a raster follow a comma: chm_2012.tif,date=2012,unit=0.01.
+
+    Example: canopy change map-2020 map-2023 --out change
+    """
+    from canopy.analyse.change import change_maps
+    from canopy.score.maps import GivenMap
+
+    with _progress("strips") as progress:
+        result = change_maps(
+            GivenMap.parse(before), GivenMap.parse(after), out=out, min_area_m2=min_area, rule=combine,
+            error_before_m=error_before, error_after_m=error_after, stable=stable, crs=crs, resample=resample,
+            allow_different_models=allow_different_models, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json(result.summary.model_dump(mode="json"))
+        return
+    for line in result.summary.lines():
+        typer.echo(line)
+    typer.echo("\n".join(str(path) for path in result.files if path.suffix != ".qml"))
+
+
 @bench_app.command("seal")
 def bench_seal(
     tile_sets: Annotated[list[Path], typer.Argument(help="Folders of labelled tile sets.", metavar="TILESET...")],

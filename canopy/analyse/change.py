@@ -28,6 +28,8 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
+from pyproj import CRS
+from pyproj.exceptions import CRSError
 
 from canopy import __version__
 from canopy.analyse.change_polygons import SUMMED, MeanErrors, PolygonWriter, mean_change_interval
@@ -157,12 +159,28 @@ class ChangeSummary(_Value):
     """In what the maps differ though they are compared; None where they do not."""
 
     def line(self) -> str:
-        """The summary in a line."""
+        """The areas in a line."""
         return (
             f"loss {self.loss.area_ha:.2f} ha in {self.loss.polygons} polygons, gain {self.gain.area_ha:.2f} ha in "
             f"{self.gain.polygons}, no detectable change {self.no_detectable_change_ha:.2f} ha, unknown "
             f"{self.unknown_ha:.2f} ha"
         )
+
+    def lines(self) -> Iterator[str]:
+        """The areas, and what one must know to read them."""
+        yield self.line()
+        if (mean := self.mean_change) is not None:
+            years = "" if self.years is None else f" in {self.years:.1f} years"
+            yield (
+                f"mean change {mean.mean_m:+.2f} m{years}, 90 % interval {mean.lower_90_m:+.2f} to {mean.upper_90_m:+.2f} m"
+            )
+        yield f"errors combined by {self.rule}: {self.assumption}; changes smaller than the errors are not detected"
+        if self.stable is not None:
+            yield self.stable.text
+        if self.resampled is not None:
+            yield f"resampled: {self.resampled}"
+        if self.different_models is not None:
+            yield f"the maps are not of one model: {self.different_models}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +206,7 @@ def change_maps(
     error_before_m: float | None = None,
     error_after_m: float | None = None,
     stable: Path | None = None,
+    crs: CRS | str | None = None,
     resample: bool = False,
     allow_different_models: bool = False,
     overwrite: bool = False,
@@ -208,6 +227,7 @@ def change_maps(
         error_after_m: The same of the later map.
         stable: Polygons of ground on which nothing changed: the intervals of change are then as wide as they must be to
             hold there.
+        crs: Of rasters that name none.
         resample: Bring maps of different pixels onto the coarser ones.
         allow_different_models: Compare maps by different models, or of which it is not known.
         overwrite: Replace the files of an earlier comparison.
@@ -223,7 +243,7 @@ def change_maps(
         raise AnalysisError(f"--min-area {min_area_m2:g} m² is no area; give square metres, 0 for every pixel")
     asked = None if rule is None else checked_rule(rule)
     refuse_existing(out, overwrite=overwrite)
-    given = _as_given(before), _as_given(after)
+    given = _as_given(before, crs), _as_given(after, crs)
     with RasterPool(_OPEN_FILES) as pool, _workplace(out) as work:
         pair = MapPair.open(
             given, pool, errors_m=(error_before_m, error_after_m), resample=resample,
@@ -242,8 +262,14 @@ def change_maps(
     return ChangeResult(folder=out, summary=summary)
 
 
-def _as_given(given: GivenMap | Path | str) -> GivenMap:
-    return given if isinstance(given, GivenMap) else GivenMap(path=Path(given))
+def _as_given(given: GivenMap | Path | str, crs: CRS | str | None) -> GivenMap:
+    named = given if isinstance(given, GivenMap) else GivenMap(path=Path(given))
+    if crs is None:
+        return named
+    try:
+        return replace(named, crs=CRS.from_user_input(crs))
+    except CRSError as error:
+        raise AnalysisError(f"--crs {crs!r} is no CRS; give for example EPSG:32722") from error
 
 
 # --- the work ------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ DAYS_A_YEAR: Final = 365.25
 UNCALIBRATED: Final = "uncalibrated"
 """How the text of a map's calibration begins when there is none."""
 
-OPTIONS: Final = ("--error-a", "--error-b")
+OPTIONS: Final = ("--error-before", "--error-after")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
