@@ -68,7 +68,9 @@ def test_logits_have_the_rows_and_columns_of_the_image(config):
 @each
 def test_every_parameter_gets_a_gradient(config):
     network = build(config).train()
-    (network.distribution(image(2, 3, 64, 96)).mean_m - 20).square().mean().backward()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # stochastic depth may leave a branch out for all images of a batch
+        (network.distribution(image(2, 3, 64, 96)).mean_m - 20).square().mean().backward()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
