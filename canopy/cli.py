@@ -707,6 +707,55 @@ def change(
     typer.echo("\n".join(str(path) for path in result.files if path.suffix != ".qml"))
 
 
+@app.command()
+def view(
+    out: Annotated[Path, typer.Argument(help="Output folder of canopy map.")],
+    *,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(help="Lidar canopy heights as a layer: raster, folder or quoted pattern; may be repeated."),
+    ] = None,
+    reference_crs: Annotated[str | None, typer.Option(help="CRS of --reference where the files name none.")] = None,
+    reference_unit: Annotated[float | None, typer.Option(help="Metres per unit of --reference, 0.3048 for feet.")] = None,
+    basemap: Annotated[
+        str | None, typer.Option(help="Tiles to lay below: an address with {z}, {x} and {y}; asked for by the browser.")
+    ] = None,
+    attribution: Annotated[str | None, typer.Option(help="Who is to be named for --basemap.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; default: this computer's own.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port; default: the first free one from 8765 up.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Name by which browsers may ask for it, as behind a proxy; may be repeated.")
+    ] = None,
+    open_browser: Annotated[
+        bool | None, typer.Option("--open/--no-open", help="Open the page in a browser; default: where there is a screen.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a finished map in the browser: height, error, imagery and reference, values on a click; Ctrl-C ends it.
+
+    Example: canopy view map --reference chm.tif
+    """
+    from canopy.view.serve import Address, can_open_browser, serve
+
+    given = None
+    if reference:
+        from canopy.score.reference import GivenReference
+
+        given = GivenReference(paths=reference, crs=reference_crs, unit_m=reference_unit)
+
+    def say(url: str) -> None:
+        if as_json:
+            _print_json({"url": url, "map": str(out)})
+        else:
+            typer.echo(f"{url}  (Ctrl-C ends)")
+
+    serve(
+        out, address=Address(host=host, port=port, names=tuple(allow_host or ())), reference=given, basemap=basemap,
+        attribution=attribution, open_browser=can_open_browser() if open_browser is None else open_browser,
+        say=say, warn=_say,
+    )  # fmt: skip
+
+
 @bench_app.command("seal")
 def bench_seal(
     tile_sets: Annotated[list[Path], typer.Argument(help="Folders of labelled tile sets.", metavar="TILESET...")],

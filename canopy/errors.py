@@ -78,3 +78,7 @@ class ScoreError(CanopyError):
 
 class AnalysisError(CanopyError):
     """A question that the maps at hand cannot answer, or must not be asked."""
+
+
+class ViewError(CanopyError):
+    """A web map that cannot be served as asked, or a question to it that it does not answer."""

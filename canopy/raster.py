@@ -37,6 +37,7 @@ from canopy.grid import Grid
 # What anything here comes back to is a row of blocks of a sheet, and the heap grows by twice what the cache may hold: with
 # 128 MB a map of 16 times the area takes 12 % more memory, with this 5 %, in the same time. Read by GDAL once, so it holds
 # for all threads; a value that the user has set stays.
+_CACHE_IS_GIVEN = "GDAL_CACHEMAX" in os.environ
 os.environ.setdefault("GDAL_CACHEMAX", "64")
 
 # A truncated JPEG is only a warning to libjpeg: the missing rows would arrive grey and be mapped as forest or field.
@@ -401,6 +402,15 @@ def read_mask(address: str, row: int, col: int, shape: tuple[int, int]) -> NDArr
     """(row, col) what such a mask leaves valid in a window inside the file; raises as `has_mask`."""
     with rasterio.Env(**_ENV), rasterio.open(address) as dataset:
         return np.asarray(dataset.read_masks(1, window=Window(col, row, shape[1], shape[0])) > 0)
+
+
+def keep_blocks(megabytes: int) -> None:
+    """Let GDAL keep so many megabytes of decoded blocks, for programs that come back to them; a user's own value stays.
+
+    It has no effect after the first pixel has been read.
+    """
+    if not _CACHE_IS_GIVEN:
+        os.environ["GDAL_CACHEMAX"] = str(megabytes)
 
 
 class RasterPool:

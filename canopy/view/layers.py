@@ -1,26 +1,32 @@
-"""The layers of a map in the browser: what each shows, in which colours, and how a tile of it is made."""
+"""The layers of a map in the browser: what each shows, in which colours, and how a tile of it is painted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from canopy.symbology import ERROR_CLASSES, HEIGHT_CLASSES, UNKNOWN_COLOUR, MapClass
-from canopy.view.handles import Handles
+from canopy.metrics import class_index
+from canopy.raster import RasterPool
+from canopy.symbology import DIFFERENCE_CLASSES, ERROR_CLASSES, HEIGHT_CLASSES, UNKNOWN_COLOUR, MapClass
+from canopy.view.heights import TileHeights
 from canopy.view.png import palette_png
-from canopy.view.tiles import Tile, heights_of, read_tile
+from canopy.view.tiles import Tile
 
 Kind = Literal["height", "error", "image", "reference", "difference", "hillshade", "date"]
 
 SUN_AZIMUTH_DEG: Final = 315.0
 SUN_ALTITUDE_DEG: Final = 45.0
-"""Light from the upper left, as maps have it: with light from below hills look like holes."""
+"""Light from the upper left, as on maps: with light from below, hills look like holes."""
 
-GREYS: Final = tuple((grey, grey, grey) for grey in range(1, 256))
+SHADE_OPACITY: Final = 0.4
+"""Of the hillshade over heights: their colours stay what the legend says."""
+
+_GREYS: Final = tuple((grey, grey, grey) for grey in range(1, 256))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +39,10 @@ class LegendEntry:
 
 
 class Painter(Protocol):
-    """Makes the tiles of a layer."""
+    """Paints the tiles of a layer."""
 
-    def png(self, tile: Tile) -> bytes | None:
-        """The tile; None where the layer has nothing in it."""
+    def png(self, tile: Tile, pool: RasterPool) -> bytes | None:
+        """The tile, read with the pool of this thread; None where the layer has nothing in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,7 +54,9 @@ class Layer:
     kind: Kind
     painter: Painter
     max_zoom: int
-    """The finest zoom of which there are tiles: the page enlarges them beyond."""
+    """The finest zoom of which there are tiles: beyond, the page enlarges them."""
+    version: str
+    """Another when its files are others."""
     legend: tuple[LegendEntry, ...] = ()
     note: str | None = None
     opacity: float = 1.0
@@ -58,44 +66,52 @@ class Layer:
 # --- classes ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ClassPainter:
-    """Values of one band in the colours of their classes."""
+    """Values in the colours of their classes."""
 
-    handles: Handles
-    band: int
+    values: TileHeights
     classes: tuple[MapClass, ...]
-    colours: tuple[tuple[int, int, int], ...] = field(init=False)
-    edges: NDArray[np.float32] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "colours", tuple(each.rgb for each in self.classes))
-        object.__setattr__(self, "edges", np.array([each.low for each in self.classes[1:]], np.float32))
+    @cached_property
+    def colours(self) -> tuple[tuple[int, int, int], ...]:
+        """Of the classes."""
+        return tuple(each.rgb for each in self.classes)
 
-    def png(self, tile: Tile) -> bytes | None:
+    @cached_property
+    def edges(self) -> tuple[float, ...]:
+        """Lower edges of the second class and on: what is below the first class counts as the first."""
+        return tuple(each.low for each in self.classes[1:])
+
+    def png(self, tile: Tile, pool: RasterPool) -> bytes | None:
         """As `Painter`."""
-        with self.handles.raster() as raster:
-            values = heights_of(read_tile(raster, tile, (self.band,)))[0]
-        known = np.isfinite(values)
-        if not known.any():
+        values = self.values.read(tile.grid(), pool)
+        if values is None:
             return None
-        return palette_png(class_index(values, self.edges), self.colours)
-
-
-def class_index(values: NDArray[np.floating[Any]], edges: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """(row, col) the number of the class of each value, from 1; 0 where it is unknown.
-
-    Args:
-        values: NaN = unknown.
-        edges: Lower edges of the second class and on: what is below the first class counts as the first.
-    """
-    index = np.digitize(values, edges) + 1
-    return np.where(np.isfinite(values), index, 0).astype(np.uint8)
+        index = np.where(np.isfinite(values), class_index(values, self.edges) + 1, 0).astype(np.uint8)
+        return palette_png(index, self.colours)
 
 
 def class_legend(classes: Sequence[MapClass], *, sign: str = "") -> tuple[LegendEntry, ...]:
     """A line for each class."""
     return tuple(LegendEntry(colour=each.colour, label=each.label(sign=sign)) for each in classes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Difference:
+    """One raster of heights minus another, where both are known."""
+
+    first: TileHeights
+    second: TileHeights
+
+    def read(self, target: Any, pool: RasterPool) -> NDArray[np.float32] | None:
+        """As `TileHeights`."""
+        first = self.first.read(target, pool)
+        second = None if first is None else self.second.read(target, pool)
+        if first is None or second is None:
+            return None
+        difference = first - second
+        return difference if np.isfinite(difference).any() else None
 
 
 # --- hillshade -------------------------------------------------------------------------------------------------------------
@@ -105,61 +121,87 @@ def class_legend(classes: Sequence[MapClass], *, sign: str = "") -> tuple[Legend
 class HillshadePainter:
     """The canopy's surface under a light."""
 
-    handles: Handles
+    heights: TileHeights
 
-    def png(self, tile: Tile) -> bytes | None:
-        """As `Painter`."""
-        with self.handles.raster() as raster:
-            heights_m = heights_of(read_tile(raster, tile, (1,), buffer_px=1))[0]
-        shade = hillshade(heights_m, tile.ground_px_m)
-        if not np.isfinite(shade).any():
+    def png(self, tile: Tile, pool: RasterPool) -> bytes | None:
+        """As `Painter`; the tile is read with a border of a pixel, so that the next tile goes on where it ends."""
+        heights_m = self.heights.read(tile.grid(border_px=1), pool)
+        if heights_m is None:
             return None
-        return palette_png(np.where(np.isfinite(shade), 1 + np.nan_to_num(shade) * 254, 0).astype(np.uint8), GREYS)
+        shade = hillshade(heights_m, tile.ground_px_m)
+        known = np.isfinite(shade)
+        return palette_png(np.where(known, 1 + np.rint(np.where(known, shade, 0) * 254), 0).astype(np.uint8), _GREYS)
 
 
-def hillshade(heights_m: NDArray[np.float32], pixel_m: float) -> NDArray[np.float32]:
-    """(row, col) brightness of 0 to 1 of a surface, one pixel less on each side; NaN where any of the nine heights is unknown.
+def hillshade(height_m: NDArray[np.float32], pixel_m: float) -> NDArray[np.float32]:
+    """(row, col) brightness from 0 to 1 of a surface, a pixel less on each side; NaN where it is unknown.
 
-    Lambert's law with Horn's slopes (1981, Proc. IEEE 69(1), eq. 5-6), as GDAL and QGIS shade.
+    Lambert's law with the slopes of Horn (1981), as GDAL and QGIS shade. Beside an unknown pixel the surface is taken to go
+    on level, so that no pixel that is known loses its shade.
+
+    Args:
+        height_m: (row, col) metres, NaN = unknown.
+        pixel_m: Side of a pixel on the ground.
     """
-    z = heights_m
-    nw, n, ne = z[:-2, :-2], z[:-2, 1:-1], z[:-2, 2:]
-    w, e = z[1:-1, :-2], z[1:-1, 2:]
-    sw, s, se = z[2:, :-2], z[2:, 1:-1], z[2:, 2:]
-    east = (ne + 2 * e + se - nw - 2 * w - sw) / np.float32(8 * pixel_m)
-    north = (nw + 2 * n + ne - sw - 2 * s - se) / np.float32(8 * pixel_m)
+    middle = height_m[1:-1, 1:-1]
+
+    def at(row: int, col: int) -> NDArray[np.float32]:
+        there = height_m[1 + row : height_m.shape[0] - 1 + row, 1 + col : height_m.shape[1] - 1 + col]
+        return np.where(np.isfinite(there), there, middle)
+
+    north_row, south_row = (at(row, -1) + 2 * at(row, 0) + at(row, 1) for row in (-1, 1))
+    west_col, east_col = (at(-1, col) + 2 * at(0, col) + at(1, col) for col in (-1, 1))
+    to_east, to_north = ((a - b) / np.float32(8 * pixel_m) for a, b in ((east_col, west_col), (north_row, south_row)))
     azimuth, altitude = np.radians(SUN_AZIMUTH_DEG), np.radians(SUN_ALTITUDE_DEG)
-    to_sun_east, to_sun_north, up = np.sin(azimuth) * np.cos(altitude), np.cos(azimuth) * np.cos(altitude), np.sin(altitude)
-    shade = (up - to_sun_east * east - to_sun_north * north) / np.sqrt(1 + east**2 + north**2)
-    known = np.isfinite(z[1:-1, 1:-1])
-    return np.where(known, np.clip(shade, 0, 1), np.nan).astype(np.float32)
+    sun_east, sun_north, sun_up = np.sin(azimuth) * np.cos(altitude), np.cos(azimuth) * np.cos(altitude), np.sin(altitude)
+    shade = (sun_up - sun_east * to_east - sun_north * to_north) / np.sqrt(1 + to_east**2 + to_north**2)
+    return np.asarray(np.clip(shade, 0, 1), np.float32)
 
 
-def height_layer(handles: Handles, max_zoom: int) -> Layer:
+# --- which there are -------------------------------------------------------------------------------------------------------
+
+
+def height_layer(heights: TileHeights, **given: Any) -> Layer:
     """Heights in their classes."""
     return Layer(
-        id="height", title="Canopy height", kind="height", max_zoom=max_zoom, visible=True,
-        painter=ClassPainter(handles=handles, band=1, classes=HEIGHT_CLASSES), legend=class_legend(HEIGHT_CLASSES),
+        id="height", title="Canopy height", kind="height", visible=True, legend=class_legend(HEIGHT_CLASSES),
+        painter=ClassPainter(values=heights, classes=HEIGHT_CLASSES), **given,
     )  # fmt: skip
 
 
-def error_layer(handles: Handles, max_zoom: int, *, calibrated: bool) -> Layer:
+def error_layer(errors: TileHeights, *, calibrated: bool, **given: Any) -> Layer:
     """Errors in their classes; grey where nobody has measured what they hold."""
-    if calibrated:
-        classes, legend, note = ERROR_CLASSES, class_legend(ERROR_CLASSES, sign="± "), None
-    else:
-        grey = MapClass(low=0, high=np.inf, colour=UNKNOWN_COLOUR, name="uncalibrated")
-        classes, legend = (grey,), (LegendEntry(colour=UNKNOWN_COLOUR, label="uncalibrated: the error was not measured"),)
+    classes, legend, note = ERROR_CLASSES, class_legend(ERROR_CLASSES, sign="± "), None
+    if not calibrated:
+        classes = (MapClass(low=0, high=np.inf, colour=UNKNOWN_COLOUR, name="uncalibrated"),)
+        legend = (LegendEntry(colour=UNKNOWN_COLOUR, label="uncalibrated: how wrong the heights are was not measured"),)
         note = "The map is uncalibrated: its intervals promise nothing."
     return Layer(
-        id="error", title="Error (90 % interval)", kind="error", max_zoom=max_zoom, legend=legend, note=note,
-        painter=ClassPainter(handles=handles, band=1, classes=classes),
+        id="error", title="Error (90 % interval)", kind="error", legend=legend, note=note,
+        painter=ClassPainter(values=errors, classes=classes), **given,
     )  # fmt: skip
 
 
-def hillshade_layer(handles: Handles, max_zoom: int) -> Layer:
-    """The canopy's surface, to be laid over heights."""
+def hillshade_layer(heights: TileHeights, **given: Any) -> Layer:
+    """The canopy's surface, to be laid over other layers."""
     return Layer(
-        id="hillshade", title="Hillshade of the canopy", kind="hillshade", max_zoom=max_zoom, opacity=0.4,
-        painter=HillshadePainter(handles=handles),
+        id="hillshade", title="Hillshade of the canopy", kind="hillshade", opacity=SHADE_OPACITY,
+        painter=HillshadePainter(heights=heights), **given,
+    )  # fmt: skip
+
+
+def reference_layer(reference: TileHeights, name: str, **given: Any) -> Layer:
+    """The reference in the classes of heights."""
+    return Layer(
+        id="reference", title=f"Reference: {name}", kind="reference", legend=class_legend(HEIGHT_CLASSES),
+        painter=ClassPainter(values=reference, classes=HEIGHT_CLASSES), **given,
+    )  # fmt: skip
+
+
+def difference_layer(heights: TileHeights, reference: TileHeights, **given: Any) -> Layer:
+    """The map minus the reference."""
+    legend = tuple(LegendEntry(colour=each.colour, label=f"map {each.name}") for each in DIFFERENCE_CLASSES)
+    return Layer(
+        id="difference", title="Map minus reference", kind="difference", legend=legend,
+        painter=ClassPainter(values=Difference(first=heights, second=reference), classes=DIFFERENCE_CLASSES), **given,
     )  # fmt: skip

@@ -30,3 +30,7 @@ def _encoded(image: Image.Image, **options: Any) -> bytes:
     out = io.BytesIO()
     image.save(out, "png", compress_level=LEVEL, **options)
     return out.getvalue()
+
+
+EMPTY: Final = palette_png(np.zeros((1, 1), np.uint8), ())
+"""A tile where there is nothing, which a browser stretches over it: unlike no answer, it is no error to a page."""
