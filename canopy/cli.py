@@ -756,6 +756,55 @@ def view(
     )  # fmt: skip
 
 
+@app.command()
+def derive(
+    out_map: Annotated[Path, typer.Argument(metavar="MAP", help="Output folder of canopy map.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for the layers.")],
+    cover: Annotated[
+        list[float] | None, typer.Option(help="Cover and gaps in cells of this side, metres; may be repeated.")
+    ] = None,
+    percentiles: Annotated[
+        list[float] | None, typer.Option(help="Percentiles of height in cells of this side, metres; may be repeated.")
+    ] = None,
+    tree_tops: Annotated[bool, typer.Option("--tree-tops", help="Tree tops as points.")] = False,
+    crowns: Annotated[bool, typer.Option("--crowns", help="Tree tops get the crown radius usual for their height.")] = False,
+    least_height: Annotated[float, typer.Option(help="Lower tops are no trees, metres.")] = 5.0,
+    window_base: Annotated[float, typer.Option(help="A top is highest in a circle of this diameter, m, ...")] = 2.51503,
+    window_slope: Annotated[float, typer.Option(help="... plus this times its height squared, per m, ...")] = 0.00901,
+    window_most: Annotated[float, typer.Option(help="... but no more than this, m.")] = 20.0,
+    gap_below: Annotated[float, typer.Option(help="Ground under canopy lower than this many metres may be a gap.")] = 2.0,
+    least_gap: Annotated[float, typer.Option(help="Least area of a gap, square metres.")] = 10.0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Derive layers from a map: cover and gaps or percentiles in larger cells, tree tops; each with its error.
+
+    cover_10m.tif has the shares of ground (0 to 1) with canopy above 2 m and 5 m and in gaps; percentiles_30m.tif the
+    heights in metres that 25, 50, 75 and 95 % of the ground do not exceed, and the greatest. Bands _lower_90 and _upper_90
+    are their bounds. Cells begin at the origin of the CRS, and are empty where less than half is known. tree_tops.gpkg has the height
+    of each top with the interval of its pixel, in metres.
+
+    Example: canopy derive demo/map --out demo/layers --cover 10 --percentiles 30 --tree-tops
+    """
+    from canopy.analyse.derive import Wanted
+    from canopy.analyse.derive import derive as derive_layers
+    from canopy.analyse.tops import TopRule
+
+    rule = TopRule(base_m=window_base, per_m=window_slope, most_m=window_most, least_height_m=least_height)
+    wanted = Wanted(
+        cover_m=tuple(cover or ()), percentiles_m=tuple(percentiles or ()), tops=rule if tree_tops else None, crowns=crowns,
+        gap_below_m=gap_below, least_gap_m2=least_gap,
+    )  # fmt: skip
+    with _stages() as progress:
+        derived = derive_layers(out_map, out, wanted, overwrite=overwrite, progress=progress)
+    if as_json:
+        _print_json(derived.as_json())
+        return
+    for line in derived.lines():
+        typer.echo(line)
+
+
 @bench_app.command("seal")
 def bench_seal(
     tile_sets: Annotated[list[Path], typer.Argument(help="Folders of labelled tile sets.", metavar="TILESET...")],

@@ -66,8 +66,15 @@ def share_bounds(lower: HeightHistogram, upper: HeightHistogram, height_m: float
     return lower.share_above(height_m), upper.share_above(height_m)
 
 
+def levels_of(level: float) -> tuple[float, float]:
+    """Levels at which the lower and the upper surface bound the quantile at `level`."""
+    return (
+        0.0 if level <= MISSED_EACH_SIDE + 1e-9 else level,
+        1.0 if 1 - level <= MISSED_EACH_SIDE + 1e-9 else level,
+    )
+
+
 def quantile_bounds(lower: HeightHistogram, upper: HeightHistogram, level: float) -> Ends:
     """Of the quantile at a level, from the histograms of the two surfaces."""
-    bottom = lower.least_m if level <= MISSED_EACH_SIDE + 1e-9 else lower.quantile_m(level)
-    top = upper.max_m if 1 - level <= MISSED_EACH_SIDE + 1e-9 else upper.quantile_m(level)
-    return bottom, top
+    below, above = levels_of(level)
+    return lower.quantile_m(below), upper.quantile_m(above)

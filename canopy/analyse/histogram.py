@@ -73,24 +73,18 @@ class HeightHistogram:
         return float(self._weights @ self.heights_m) / total if total > 0 else math.nan
 
     @property
-    def least_m(self) -> float:
-        """Least height, NaN without any."""
-        return self._end(0)
-
-    @property
     def max_m(self) -> float:
         """Greatest height, NaN without any."""
-        return self._end(-1)
-
-    def _end(self, index: int) -> float:
         there = np.flatnonzero(self._weights)
-        return float(self.heights_m[there[index]]) if there.size else math.nan
+        return float(self.heights_m[there[-1]]) if there.size else math.nan
 
     def quantile_m(self, level: float) -> float:
         """The least height that at least the share `level` of the weight does not exceed, NaN without any."""
         total = self.total
         if not total > 0:
             return math.nan
+        if level >= 1:
+            return self.max_m
         reached = np.cumsum(self._weights)
         at = int(np.searchsorted(reached, level * total - _SHARE_TOLERANCE * total, side="left"))
         at = max(min(at, self._weights.size - 1), int(np.flatnonzero(self._weights)[0]))

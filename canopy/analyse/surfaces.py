@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import rasterio
 from numpy.typing import NDArray
 
 from canopy.errors import AnalysisError
@@ -66,7 +67,10 @@ class Surfaces:
             assert height is not None, "a map without heights"
             unknown = np.full((len(ERROR_BANDS), *box.shape), np.nan, np.float32)
             half_width, lower, upper = unknown if error is None else error.result()
-            return Window(height_m=height.result()[0], half_width_m=half_width, lower_m=lower, upper_m=upper)
+            height_m = height.result()[0]
+            if (np.isnan(height_m) & np.isfinite(lower)).any():
+                raise AnalysisError(f"{self._height.path} lacks heights that have intervals; make the map again")
+            return Window(height_m=height_m, half_width_m=half_width, lower_m=lower, upper_m=upper)
 
         return finished
 
@@ -100,7 +104,7 @@ def open_surfaces(folder: RegionFolder) -> Iterator[Surfaces]:
         AnalysisError: its rasters do not lie on each other, or have other bands.
         RasterError: one cannot be read.
     """
-    with ExitStack() as stack:
+    with ExitStack() as stack, rasterio.Env(GDAL_NUM_THREADS="ALL_CPUS"):  # the threads that decode are told on opening
         height = stack.enter_context(open_raster(folder.height))
         error = None if folder.error is None else stack.enter_context(open_raster(folder.error))
         for raster, bands in ((height, 1), (error, len(ERROR_BANDS))):
