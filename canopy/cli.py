@@ -782,8 +782,8 @@ def derive(
 
     cover_10m.tif has the shares of ground (0 to 1) with canopy above 2 m and 5 m and in gaps; percentiles_30m.tif the
     heights in metres that 25, 50, 75 and 95 % of the ground do not exceed, and the greatest. Bands _lower_90 and _upper_90
-    are their bounds. Cells begin at the origin of the CRS, and are empty where less than half is known. tree_tops.gpkg has the height
-    of each top with the interval of its pixel, in metres.
+    are their bounds. Cells begin at the origin of the CRS, and are empty where less than half is known. tree_tops.gpkg has
+    the height of each top with the interval of its pixel, in metres.
 
     Example: canopy derive demo/map --out demo/layers --cover 10 --percentiles 30 --tree-tops
     """
