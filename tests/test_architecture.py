@@ -35,7 +35,8 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 TORCH_FREE = (
     "errors", "settings", "grid", "heap", "textfile", "raster", "metrics", "page", "symbology", "tiler",
     "model.squares", "model.shift",
-    "mosaicker.blend", "mosaicker.publish", "mosaicker.sheets", "mosaicker.quantum", "mosaicker.vrt", "mosaicker.gti",
+    "mosaicker.blend", "mosaicker.dates", "mosaicker.publish", "mosaicker.sheets", "mosaicker.quantum", "mosaicker.vrt",
+    "mosaicker.gti",
 )  # fmt: skip
 TORCH_FAMILY = {
     "torch",

@@ -133,7 +133,10 @@ def test_map(canopy, image, tiny_model, tmp_path):
     done = canopy("map", "--imagery", image, "--model", tiny_model, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert [Path(line).name for line in done.stdout.splitlines()[:3]] == ["height.tif", "error.tif", "run.json"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["error.tif", "height.tif", "run.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.txt", "area.gpkg", "error.qml", "error.tif", "height.qml", "height.tif", "imagery", "item.json",
+        "region.qgz", "run.json",
+    ]  # fmt: skip
     assert "windows" in done.stderr
     with rasterio.open(tmp_path / "out" / "height.tif") as dataset:
         assert np.isfinite(dataset.read()).all()

@@ -19,6 +19,9 @@ from canopy.mosaicker.vrt import BLOCK_PX, add_band, add_metadata
 if TYPE_CHECKING:
     import geopandas
 
+GPKG_VERSION = "1.2"
+"""The GDAL of QGIS 3.22 warns of later ones."""
+
 _LAYER = "sheets"
 
 _NO_DATE = "1970-01-01T00:00:00.000Z"
@@ -56,7 +59,9 @@ def write_gti(
     try:
         with undated():
             # Any item makes pyogrio create the tables of metadata; GDAL's own text then takes its place.
-            pyogrio.write_dataframe(files, path, layer=_LAYER, driver="GPKG", layer_metadata={"AREA_OR_POINT": "Area"})
+            pyogrio.write_dataframe(
+                files, path, layer=_LAYER, driver="GPKG", VERSION=GPKG_VERSION, layer_metadata={"AREA_OR_POINT": "Area"}
+            )
         # pyogrio hands GDAL no domain of metadata but the default one, in which bands have no names and no statistics.
         with closing(sqlite3.connect(path)) as connection, connection:
             done = connection.execute("UPDATE gpkg_metadata SET metadata = ?", (ET.tostring(root, encoding="unicode"),))

@@ -48,6 +48,8 @@ class Prediction:
     """(band, row, col) in the contract's units; a view of what is read anyway."""
     valid: NDArray[np.bool_]
     """(row, col) True where the imagery is usable; where such a pixel's height is NaN every model abstained."""
+    days: NDArray[np.int32] | None
+    """(row, col) days since 1970-01-01 as `Imagery.days`, where they were asked for."""
 
 
 def predict_sheet(
@@ -60,6 +62,7 @@ def predict_sheet(
     stages: Stages,
     advance: Callable[[int], None],
     batch: Batch | int | None = None,
+    dated: bool = False,
 ) -> Generator[Prediction, None, None]:
     """Heights and spreads of `box`, from the top, in strips of at most `STRIP_ROWS`.
 
@@ -76,6 +79,7 @@ def predict_sheet(
         stages: Gets the times of "read", "forward" and "blend", and how long the caller was busy with strips as "write".
         advance: Called with the number of windows done, run or not, in the caller's thread.
         batch: Windows at once, made by `find_batch` for the whole run; or as that takes it.
+        dated: Whether the days of the imagery are handed out too.
 
     Raises:
         ContractError: see `find_batch`, and a usable pixel that the contract does not allow.
@@ -85,7 +89,7 @@ def predict_sheet(
         batch = find_batch(ensemble, batch)
     sheet = _Sheet(
         ensemble=ensemble, imagery=imagery, layout=layout, box=box, wanted=wanted, stages=stages, batch=batch,
-        threads=torch.get_num_threads(),
+        threads=torch.get_num_threads(), dated=dated,
     )  # fmt: skip
     strips = sheet.strips()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="blend") as driver:
@@ -109,6 +113,7 @@ class _Rows:
     strip: Strip | None
     image: NDArray[Any]
     valid: NDArray[np.bool_]
+    days: NDArray[np.int32] | None
     windows: int
 
     def pieces(self) -> Generator[Prediction, None, None]:
@@ -120,7 +125,8 @@ class _Rows:
             rows = slice(start, min(start + STRIP_ROWS, box.shape[0]))
             part = Box(box.row0 + rows.start, box.col0, box.row0 + rows.stop, box.col1)
             strip = Strip(box=part, mean_m=mean_m[rows], spread_m=spread_m[rows])
-            yield Prediction(strip=strip, image=self.image[:, rows], valid=self.valid[rows])
+            days = None if self.days is None else self.days[rows]
+            yield Prediction(strip=strip, image=self.image[:, rows], valid=self.valid[rows], days=days)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -130,6 +136,7 @@ class _Band:
     row: int
     box: Box
     pixels: Pixels
+    days: NDArray[np.int32] | None
     usable: list[int]
     """Columns of the windows that have weight at a wanted valid pixel."""
 
@@ -174,14 +181,14 @@ class _Sheet:
     stages: Stages
     batch: Batch
     threads: int
+    dated: bool
 
     def __post_init__(self) -> None:
         self.stopped = threading.Event()
         self.rows = self.layout.windows_over(self.box.row0, self.box.row1)
         self.cols = self.layout.windows_over(self.box.col0, self.box.col1)
-        self.reader = _Reader(
-            self.imagery, self.layout.window_span(self.cols[0])[0], self.layout.window_span(self.cols[-1])[1]
-        )
+        col0, col1 = self.layout.window_span(self.cols[0])[0], self.layout.window_span(self.cols[-1])[1]
+        self.reader = _Reader(self.imagery, col0, col1, dated=self.dated)
         self.blend = Blend(self.layout, self.box)
         self.sent: deque[_Work] = deque()
 
@@ -214,14 +221,14 @@ class _Sheet:
     def _read(self, row: int) -> _Band:
         with self.stages.side("read"):
             row0, row1 = self.layout.window_span(row)
-            pixels = self.reader.read(row0, row1)
+            pixels, days = self.reader.read(row0, row1)
             box = Box(row0, self.reader.col0, row1, self.reader.col1)
             part = box.intersect(self.box)
             assert part is not None, f"window row {row} does not touch {self.box}"
             place, asked = part.slices_in(box), np.zeros(box.shape, bool)
             asked[place] = pixels.valid[place] & self.wanted(part)
             usable = [col for col in self.cols if asked[self._support(row, col).slices_in(box)].any()]
-            return _Band(row=row, box=box, pixels=pixels, usable=usable)
+            return _Band(row=row, box=box, pixels=pixels, days=days, usable=usable)
 
     def _support(self, row: int, col: int) -> Box:
         """The part of the sheet in which a window has weight."""
@@ -313,7 +320,8 @@ class _Sheet:
         # Without a strip, no rows of it.
         place = (slice(0, 0), slice(0, 0)) if strip is None else strip.box.slices_in(band.box)
         image, valid = band.pixels.data[(slice(None), *place)], band.pixels.valid[place]
-        return _Rows(strip=strip, image=image, valid=valid, windows=len(self.cols))
+        days = None if band.days is None else band.days[place]
+        return _Rows(strip=strip, image=image, valid=valid, days=days, windows=len(self.cols))
 
 
 _NONE = torch.empty(0)
@@ -322,25 +330,33 @@ _NONE = torch.empty(0)
 class _Reader:
     """Reads rows of windows from the top; the rows that two of them share are read once."""
 
-    def __init__(self, imagery: Imagery, col0: int, col1: int) -> None:
+    def __init__(self, imagery: Imagery, col0: int, col1: int, *, dated: bool) -> None:
         self.col0, self.col1 = col0, col1
-        self._imagery = imagery
-        self._last: tuple[int, Pixels] | None = None
+        self._imagery, self._dated = imagery, dated
+        self._last: tuple[int, Pixels, NDArray[np.int32] | None] | None = None
 
-    def read(self, row0: int, row1: int) -> Pixels:
-        """Rows [row0, row1) of lattice pixels."""
+    def read(self, row0: int, row1: int) -> tuple[Pixels, NDArray[np.int32] | None]:
+        """Rows [row0, row1) of lattice pixels and, where asked for, their days."""
         if self._last is None:
-            pixels = self._imagery.read(Box(row0, self.col0, row1, self.col1))
+            pixels, days = self._read(row0, row1)
         else:
-            last_row0, last = self._last
+            last_row0, last, last_days = self._last
             kept = slice(row0 - last_row0, None)
-            new = self._imagery.read(Box(last_row0 + last.valid.shape[0], self.col0, row1, self.col1))
+            new, days = self._read(last_row0 + last.valid.shape[0], row1)
             pixels = Pixels(
                 data=np.concatenate([last.data[:, kept], new.data], axis=1),
                 valid=np.concatenate([last.valid[kept], new.valid]),
             )
-        self._last = (row0, pixels)
-        return pixels
+            if last_days is not None and days is not None:
+                days = np.concatenate([last_days[kept], days])
+        self._last = (row0, pixels, days)
+        return pixels, days
+
+    def _read(self, row0: int, row1: int) -> tuple[Pixels, NDArray[np.int32] | None]:
+        box = Box(row0, self.col0, row1, self.col1)
+        pixels = self._imagery.read(box)
+        # Of the box that was just read the days are known without another reading.
+        return pixels, self._imagery.days(box) if self._dated else None
 
 
 # --- the network's own threads -------------------------------------------------------------------------------------------

@@ -50,25 +50,35 @@ STAGED_BYTES_PER_PIXEL = 22
 COG_BYTES_PER_PIXEL = 22
 """Disk that its two COGs need at worst, if nothing compresses; forest takes a fifth of it."""
 
+DATE_BYTES_PER_PIXEL = 6
+"""Disk that days need besides, staged and, at worst, as a COG."""
+
 # --- staging -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagedSheet:
-    """The two staged files of one sheet."""
+    """The staged files of one sheet."""
 
     box: Box
     height: Path
     error: Path
+    date: Path | None = None
+    """Where scenes differ in their day."""
 
     @property
     def name(self) -> str:
         """What the sheet is called: its first lattice pixel."""
         return _name(self.box)
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Its files."""
+        return (self.height, self.error) if self.date is None else (self.height, self.error, self.date)
+
     def unlink(self) -> None:
-        """Delete both files."""
-        delete(self.height, self.error)
+        """Delete its files."""
+        delete(*self.paths)
 
 
 def _name(box: Box) -> str:
@@ -78,8 +88,8 @@ def _name(box: Box) -> str:
 class SheetWriter:
     """The staged files of a sheet, being written from the top; made by `stage_sheet`."""
 
-    def __init__(self, sheet: StagedSheet, height: RasterWriter, error: RasterWriter) -> None:
-        self._sheet, self._height, self._error = sheet, height, error
+    def __init__(self, sheet: StagedSheet, height: RasterWriter, error: RasterWriter, date: RasterWriter | None) -> None:
+        self._sheet, self._height, self._error, self._date = sheet, height, error, date
 
     def write(self, box: Box, height_m: NDArray[np.float32], error_m: NDArray[np.float32]) -> None:
         """Write a strip: `height_m` (row, col) and `error_m` (band, row, col), both already on the quantum."""
@@ -87,27 +97,42 @@ class SheetWriter:
         self._height.write(row, height_m[None])
         self._error.write(row, error_m)
 
+    def write_dates(self, box: Box, numbers: NDArray[np.int32]) -> None:
+        """Write the days of a strip, (row, col) as `canopy.mosaicker.dates.as_numbers` makes them."""
+        assert self._date is not None, "the sheet was staged without days"
+        self._date.write(box.row0 - self._sheet.box.row0, numbers[None])
+
 
 @contextmanager
-def stage_sheet(folder: Path, lattice: Lattice, box: Box) -> Iterator[tuple[StagedSheet, SheetWriter]]:
-    """Stage one sheet in `folder`; its files take their names when the block ends without an error.
+def stage_sheet(
+    folder: Path, lattice: Lattice, box: Box, *, dated: bool = False
+) -> Iterator[tuple[StagedSheet, SheetWriter]]:
+    """Stage one sheet in `folder`, with days where `dated`; its files take their names when the block ends without an error.
 
     Raises:
         OutputError: a file lacks a part of what was written, as on a full disk.
         RasterError: it cannot be written at all.
     """
-    name = _name(box)
-    sheet = StagedSheet(box=box, height=folder / f"{name}_height.tif", error=folder / f"{name}_error.tif")
+    sheet = staged_in(folder, box, dated=dated)
+    kinds = [(sheet.height, len(HEIGHT_BANDS), "float32", math.nan), (sheet.error, len(ERROR_BANDS), "float32", math.nan)]
+    if sheet.date is not None:
+        kinds.append((sheet.date, 1, "int32", 0.0))
     with ExitStack() as stack:
-        height, error = (
+        writers = [
             stack.enter_context(
-                create_raster(path, grid=lattice.grid(box), count=count, dtype="float32", nodata=math.nan, **STAGED)
+                create_raster(path, grid=lattice.grid(box), count=count, dtype=dtype, nodata=nodata, **STAGED)
             )
-            for path, count in ((sheet.height, len(HEIGHT_BANDS)), (sheet.error, len(ERROR_BANDS)))
-        )
-        yield sheet, SheetWriter(sheet, height, error)
-    for path, count in ((sheet.height, len(HEIGHT_BANDS)), (sheet.error, len(ERROR_BANDS))):
+            for path, count, dtype, nodata in kinds
+        ]
+        yield sheet, SheetWriter(sheet, writers[0], writers[1], writers[2] if dated else None)
+    for path, count, _, _ in kinds:
         check_whole(path, box, count)
+
+
+def staged_in(folder: Path, box: Box, *, dated: bool) -> StagedSheet:
+    """The staged files of a sheet in a folder, whether they are there or not."""
+    height, error, date = (folder / f"{_name(box)}_{kind}.tif" for kind in ("height", "error", "date"))
+    return StagedSheet(box=box, height=height, error=error, date=date if dated else None)
 
 
 def check_whole(path: Path, box: Box, count: int) -> None:
@@ -121,7 +146,7 @@ def check_whole(path: Path, box: Box, count: int) -> None:
     with open_raster(path) as raster:
         block = raster.block_shapes[0]
     pixels = math.prod(-(-side // part) * part for side, part in zip(box.shape, block, strict=True))
-    if path.stat().st_size < count * pixels * np.dtype(np.float32).itemsize:
+    if path.stat().st_size < count * pixels * np.dtype(np.float32).itemsize:  # days take as much
         delete(path)
         raise OutputError(f"cannot write {path} (blocks of it are missing); free disk space or choose another folder")
 

@@ -4,6 +4,7 @@
     height.vrt, error.vrt                       the whole map for any GDAL and QGIS
     height.gti.gpkg, error.gti.gpkg             the same for GDAL 3.9 and later, and the footprints as a vector layer
     *.ovr                                       overviews of both from where those of the sheets end
+    sheets/…_date.tif, date.vrt                 the days of the imagery, where scenes differ in them
 
 All paths inside are relative, so the folder can be moved.
 
@@ -26,6 +27,7 @@ import numpy as np
 
 from canopy.errors import GridError, OutputError, RasterError
 from canopy.grid import Box, Lattice, sheet_index
+from canopy.mosaicker.dates import DATE_BAND, UNDATED, newest, write_dates
 from canopy.mosaicker.gti import write_gti
 from canopy.mosaicker.publish import (
     ERROR_BANDS,
@@ -38,7 +40,7 @@ from canopy.mosaicker.publish import (
     write_pair,
 )
 from canopy.mosaicker.quantum import BandStatistics, Statistics, halve, merge
-from canopy.mosaicker.vrt import BLOCK_PX, mosaic_vrt
+from canopy.mosaicker.vrt import BLOCK_PX, DAYS, mosaic_vrt
 from canopy.raster import create_raster, delete, open_raster
 
 if TYPE_CHECKING:
@@ -90,6 +92,8 @@ class PublishedSheet:
     """Of the band of the heights."""
     error: Statistics
     """Of the three bands of the errors."""
+    dated: bool = False
+    """Whether it has a file of days."""
 
     @property
     def is_empty(self) -> bool:
@@ -97,12 +101,13 @@ class PublishedSheet:
         return self.height[0].count == 0
 
     def path(self, out: Path, kind: str) -> Path:
-        """Its file of the kind "height" or "error" in the map's folder."""
+        """Its file of the kind "height", "error" or "date" in the map's folder."""
         return out / SHEETS / f"{self.name}_{kind}.tif"
 
     def paths(self, out: Path) -> tuple[Path, ...]:
         """Its files in the map's folder, none where it is empty."""
-        return () if self.is_empty else tuple(self.path(out, kind) for kind, _ in _KINDS)
+        kinds = [*(kind for kind, _ in _KINDS), *(["date"] if self.dated else [])]
+        return () if self.is_empty else tuple(self.path(out, kind) for kind in kinds)
 
 
 def publish_sheet(
@@ -114,7 +119,7 @@ def publish_sheet(
     tags: Mapping[str, str],
     threads: int | None = None,
 ) -> PublishedSheet:
-    """Turn a staged sheet into its two COGs in `out/sheets`, checked, with their names last.
+    """Turn a staged sheet into its COGs in `out/sheets`, checked, with their names last.
 
     It holds no lock of Python's while it compresses, uses no torch, and gives the same bytes with any number of threads: it
     may run beside the model, in another thread or process. Done twice it leaves the same files. The
@@ -135,8 +140,9 @@ def publish_sheet(
     check_sheet_px(sheet_px)
     box = sheet_extent(staged.box)
     assert _cell(box, sheet_px) is not None, f"{staged.box} is not part of one sheet of {sheet_px} px"
-    sheet = PublishedSheet(box=staged.box, name=staged.name, height=(), error=())
-    height, error = (sheet.path(out, kind) for kind, _ in _KINDS)
+    dated = staged.date is not None
+    sheet = PublishedSheet(box=staged.box, name=staged.name, height=(), error=(), dated=dated)
+    height, error, date = (sheet.path(out, kind) for kind in ("height", "error", "date"))
     try:
         height.parent.mkdir(parents=True, exist_ok=True)
     except OSError as failure:
@@ -146,10 +152,15 @@ def publish_sheet(
             height, error, [staged],
             lattice=lattice, box=box, tags=tags, factors=_factors(sheet_px), threads=threads,
         )  # fmt: skip
+        if staged.date is not None:
+            write_dates(
+                date, [(staged.box, staged.date)],
+                lattice=lattice, box=box, tags=tags, factors=_factors(sheet_px), threads=threads,
+            )  # fmt: skip
     else:
-        delete(height, error)
+        delete(height, error, date)
         statistics = (BandStatistics(),) * len(HEIGHT_BANDS), (BandStatistics(),) * len(ERROR_BANDS)
-    return PublishedSheet(box=staged.box, name=staged.name, height=statistics[0], error=statistics[1])
+    return PublishedSheet(box=staged.box, name=staged.name, height=statistics[0], error=statistics[1], dated=dated)
 
 
 def _has_height(staged: StagedSheet) -> bool:
@@ -219,7 +230,70 @@ def index_sheets(
         )
         for kind, names in _KINDS
     )  # fmt: skip
+    if any(sheet.dated for sheet in full):
+        _index_dates(
+            out, full, lattice=lattice, extent=sheet_extent(box), factors=_factors(sheet_px), tags=tags, threads=threads
+        )
     return first, second
+
+
+def _index_dates(
+    out: Path,
+    sheets: Sequence[PublishedSheet],
+    *,
+    lattice: Lattice,
+    extent: Box,
+    factors: Sequence[int],
+    tags: Mapping[str, str],
+    threads: int | None,
+) -> None:
+    """`date.vrt` and its overviews, made as those of heights are."""
+    final, coarse = out / "date.vrt", out / "date.vrt.ovr"
+    parts = {path: path.with_name(f".part.{path.name}") for path in (coarse, final)}
+    files = [(sheet_extent(sheet.box), sheet.path(out, "date")) for sheet in sheets]
+    delete(*out.glob(".part.date.*"))
+    try:
+        if not _write_coarse_dates(
+            parts[coarse], files, lattice=lattice, extent=extent, factors=factors, tags=tags, threads=threads
+        ):
+            del parts[coarse]
+            delete(coarse)
+        text = mosaic_vrt(files, lattice.grid(extent), extent, [DATE_BAND], tags, beside=out, values=DAYS)
+        parts[final].write_bytes(text)
+        for path, part in parts.items():
+            part.replace(path)
+    except (RasterError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write {final} ({reason}); free disk space or choose another folder") from error
+    finally:
+        delete(*out.glob(".part.date.*"))
+
+
+def _write_coarse_dates(
+    path: Path,
+    files: Sequence[tuple[Box, Path]],
+    *,
+    lattice: Lattice,
+    extent: Box,
+    factors: Sequence[int],
+    tags: Mapping[str, str],
+    threads: int | None,
+) -> bool:
+    """As `_write_overviews`, of days."""
+    if max(extent.shape) <= BLOCK_PX:
+        return False
+    factor = factors[-1] if factors else 2
+    coarse = Lattice(crs=lattice.crs, gsd_m=lattice.gsd_m * factor)
+    box = _coarser(extent, factor)
+    staged = path.with_name(f"{path.name}.staged.tif")
+    with create_raster(staged, grid=coarse.grid(box), count=1, dtype="int32", nodata=UNDATED, **STAGED) as writer:
+        for part, sheet in files:
+            with open_raster(sheet, overview=len(factors) - 1 if factors else None) as raster:
+                numbers = raster.read(0, 0, raster.shape).data
+            place = _coarser(part, factor)
+            writer.write(place.row0 - box.row0, numbers if factors else newest(numbers[0])[None], place.col0 - box.col0)
+    write_dates(path, [(box, staged)], lattice=coarse, box=box, tags=tags, threads=threads)
+    return True
 
 
 def _index(

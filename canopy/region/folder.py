@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +17,11 @@ from canopy.model.blocks import BlockTable
 from canopy.model.tables import Calibrated
 from canopy.raster import open_raster
 from canopy.region.records import WORK
+from canopy.tiler.days import span
 
 HEIGHT: Final = ("height.tif", "height.vrt")
 ERROR: Final = ("error.tif", "error.vrt")
+DATE: Final = ("date.tif", "date.vrt")
 RUN: Final = "run.json"
 
 
@@ -31,6 +34,8 @@ class RegionFolder:
     """`height.tif`, or `height.vrt` over the sheets: band `height_m`."""
     error: Path | None
     """Bands `error_90_m`, `lower_90_m`, `upper_90_m`; None where somebody took the file away."""
+    date: Path | None = None
+    """Band `date_yyyymmdd`, the day of each pixel's image, 0 where unknown; None where all are of one day, or unknown."""
     run: dict[str, Any] | None
     """`run.json`; None where there is none, so that the map's lineage is unknown."""
 
@@ -46,14 +51,14 @@ class RegionFolder:
             if path.name not in HEIGHT or not (path.parent / RUN).is_file():
                 return None
             folder = path.parent
-        height, error = (
-            next((folder / name for name in names if (folder / name).exists()), None) for names in (HEIGHT, ERROR)
+        height, error, date = (
+            next((folder / name for name in names if (folder / name).exists()), None) for names in (HEIGHT, ERROR, DATE)
         )
         if height is None:
             if (folder / WORK).exists():
                 raise OutputError(f"{folder} holds no finished map; finish it first with canopy map resume {folder}")
             return None
-        return cls(path=folder, height=height, error=error, run=_record(folder / RUN))
+        return cls(path=folder, height=height, error=error, date=date, run=_record(folder / RUN))
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -104,11 +109,23 @@ class RegionFolder:
         return None if self.calibrated is None else self.calibrated.blocks
 
     @property
+    def days(self) -> str | None:
+        """The day of the imagery, or the first and the last of several; None unless it is known of every pixel."""
+        return None if self.run is None else span_of(self.run)
+
+    @property
     def images(self) -> tuple[Path, ...]:
         """The local images that the map was made of, those that are there."""
         told = [] if self.run is None else self.run.get("imagery", {}).get("files", [])
         paths = [Path(entry["path"]) for entry in told if "path" in entry]
         return tuple(path for path in paths if path.is_file())
+
+
+def span_of(run: Mapping[str, Any]) -> str | None:
+    """The day of the imagery that a run's record says, or the first and the last; None unless it is known of every pixel."""
+    told = run.get("imagery", {})
+    first, last = told.get("first_day"), told.get("last_day")
+    return span([first, last]) if first and last and not told.get("undated") else None
 
 
 def _record(path: Path) -> dict[str, Any] | None:

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 from xml.etree import ElementTree as ET
 
+from affine import Affine
 from pydantic import BaseModel, ConfigDict
 from pyproj import CRS, Transformer
 
 from canopy import __version__
 from canopy.errors import AreaError, ContractError, GridError, OutputError
-from canopy.grid import Box, Lattice, Layout, sheets_over, utm_crs
+from canopy.grid import Box, Grid, Lattice, Layout, sheets_over, utm_crs
 from canopy.model.shift import FLAG_SHARE
 from canopy.model.squares import SQUARE_PX
 from canopy.model.tables import Calibrated
 from canopy.tiler.area import Area, BoundsLonLat, PlannedArea, as_area
-from canopy.tiler.imagery import Band, ImageFiles, ImagerySource, ground_gsd_m
+from canopy.tiler.headers import NO_DATE, Band, bands_of, ground_gsd_m
+from canopy.tiler.imagery import ImageFiles, ImageryInfo, ImagerySource
 from canopy.tiler.stamps import Stamp, changed, files_behind
 
 if TYPE_CHECKING:
@@ -84,6 +86,28 @@ class PlannedModel(Value):
         )
 
 
+class Scene(Value):
+    """An image, or an item of a catalogue, that may give pixels of the map."""
+
+    name: str
+    """Absolute path of a local image; collection and id of an item."""
+    day: int | None
+    """Days from 1970-01-01 to the day it was taken; None: unknown."""
+    crs: str
+    """Authority code, or WKT where there is none."""
+    transform: tuple[float, float, float, float, float, float]
+    """Pixel (col, row) -> CRS (x, y), as affine's first six numbers."""
+    shape: tuple[int, int]
+    """(rows, columns)."""
+    bands: tuple[int, ...] = ()
+    """The bands of a local image that the model sees, from 1."""
+
+    @property
+    def grid(self) -> Grid:
+        """Where its pixels are."""
+        return Grid(crs=CRS.from_user_input(self.crs), transform=Affine(*self.transform), shape=self.shape)
+
+
 class PlannedImagery(Value):
     """Imagery as it was when the region was planned."""
 
@@ -97,6 +121,8 @@ class PlannedImagery(Value):
     """Folder to keep what is fetched."""
     stamps: tuple[Stamp, ...] = ()
     """The local files behind it, sidecars and what a VRT is made of among them."""
+    scenes: tuple[Scene, ...] = ()
+    """What of it touches the map, the preferred first; of a Python object nothing is known."""
     told: dict[str, Any]
     """What a run's record says of it."""
 
@@ -148,6 +174,16 @@ class Plan(Value):
     def layout(self) -> Layout:
         """The model's windows."""
         return Layout(window_px=self.window_px, stride_px=self.stride_px)
+
+    @property
+    def days(self) -> tuple[int, ...]:
+        """Days since 1970-01-01 on which scenes that touch the map were taken, ascending, as far as they are known."""
+        return tuple(sorted({scene.day for scene in self.imagery.scenes if scene.day is not None}))
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether these scenes differ in their day, so that each pixel's day is worth a file."""
+        return len({scene.day for scene in self.imagery.scenes}) > 1
 
     @property
     def extent(self) -> Box:
@@ -315,19 +351,12 @@ def plan_region(
         map_crs = info.metric_crs
         why = "the imagery's own" if map_crs == info.crs else "the UTM zone of the imagery's centre"
     lattice = Lattice(crs=map_crs, gsd_m=map_gsd_m)
-    with source.open(lattice, chosen_bands) as opened:
-        image_box, resampled = opened.box, opened.resampled
     wanted = None if aoi is None else as_area(aoi)
     polygons = None if wanted is None else wanted.polygons_in(lattice.crs)
-    box = image_box
-    if polygons is not None:
-        covered = lattice.covering(tuple(polygons.total_bounds)).intersect(image_box)
-        if covered is None:
-            raise AreaError(
-                f"the area of interest ({wanted}) lies outside {info.source} "
-                f"(centre {info.centre_lon_deg:.4f}, {info.centre_lat_deg:.4f}); check its CRS and coordinates"
-            )
-        box = covered
+    with source.open(lattice, chosen_bands) as opened:
+        image_box, resampled = opened.box, opened.resampled
+        box = image_box if polygons is None else _covered(lattice, wanted, polygons, image_box, info)
+        scenes = _scenes(source, chosen_bands, opened.touching(box))
     why += _check_place(lattice, box, info.source)
     one_file = max(box.shape) <= max_file_px
     if not one_file:
@@ -344,10 +373,11 @@ def plan_region(
     told = {
         "source": info.source, "files": source.record(), "gsd_m": info.gsd_m, "dtype": info.dtype,
         "crs": info.crs.to_string(), "alpha": info.alpha, "alpha_reason": info.alpha_reason, "left_out": [*info.left_out],
+        **_rights(source),
     }  # fmt: skip
     return Plan(
         canopy=__version__,
-        imagery=_planned_imagery(source, told),
+        imagery=_planned_imagery(source, told, scenes),
         bands=chosen_bands,
         crs=lattice.crs.to_string(),
         crs_chosen=why,
@@ -369,6 +399,17 @@ def plan_region(
         one_file=one_file,
         tags=_tags(source, ensemble, precision, resampled),
     )
+
+
+def _covered(lattice: Lattice, area: Area | None, polygons: geopandas.GeoSeries, image: Box, info: ImageryInfo) -> Box:
+    """The pixels of the imagery that the rectangle around the area holds."""
+    covered = lattice.covering(tuple(polygons.total_bounds)).intersect(image)
+    if covered is None:
+        raise AreaError(
+            f"the area of interest ({area}) lies outside {info.source} "
+            f"(centre {info.centre_lon_deg:.4f}, {info.centre_lat_deg:.4f}); check its CRS and coordinates"
+        )
+    return covered
 
 
 def _corners(box: Box) -> Corners:
@@ -439,10 +480,10 @@ def _touched(sheets: Sequence[Box], lattice: Lattice, polygons: geopandas.GeoSer
     return tuple(sheet for number, sheet in enumerate(sheets) if number in touched)
 
 
-def _planned_imagery(source: ImagerySource, told: dict[str, Any]) -> PlannedImagery:
+def _planned_imagery(source: ImagerySource, told: dict[str, Any], scenes: tuple[Scene, ...]) -> PlannedImagery:
     if isinstance(source, ImageFiles):
         files = [file.path.absolute() for file in source.info.files]
-        return PlannedImagery(kind="files", files=tuple(map(str, files)), stamps=_stamps(files), told=told)
+        return PlannedImagery(kind="files", files=tuple(map(str, files)), stamps=_stamps(files), scenes=scenes, told=told)
     manifest = manifest_of(source)
     if manifest is None:
         return PlannedImagery(kind="object", told=told)
@@ -454,8 +495,46 @@ def _planned_imagery(source: ImagerySource, told: dict[str, Any]) -> PlannedImag
         manifest_sha256=manifest.sha256,
         cache=None if cache is None else str(Path(cache).absolute()),
         stamps=_stamps([path.absolute() for path in local]),
+        scenes=scenes,
         told=told,
     )
+
+
+def _scenes(source: ImagerySource, bands: Sequence[Band] | None, places: Iterable[int]) -> tuple[Scene, ...]:
+    """The scenes at these places of the source's record."""
+    if isinstance(source, ImageFiles):
+        files = [source.info.files[place] for place in places]
+        return tuple(
+            Scene(
+                name=str(file.path.absolute()), day=None if file.day == NO_DATE else file.day, crs=file.grid.crs.to_string(),
+                transform=_six(file.grid.transform), shape=file.grid.shape, bands=bands_of(file, bands, source.info.alpha),
+            )
+            for file in files
+        )  # fmt: skip
+    manifest = manifest_of(source)
+    if manifest is None:
+        return ()
+    asset = manifest.source.band[0].asset
+    items = [manifest.items[place] for place in places]
+    return tuple(
+        Scene(
+            name=f"{item.collection}/{item.id}", day=item.day, crs=item.assets[asset].crs,
+            transform=item.assets[asset].transform, shape=item.assets[asset].shape,
+        )
+        for item in items
+    )  # fmt: skip
+
+
+def _rights(source: ImagerySource) -> dict[str, str | None]:
+    """Licence and attribution of the imagery, where its source says; local files do not."""
+    manifest = None if isinstance(source, ImageFiles) else manifest_of(source)
+    if manifest is None:
+        return {"licence": None, "attribution": None}
+    return {"licence": manifest.source.licence, "attribution": manifest.source.attribution}
+
+
+def _six(transform: Affine) -> tuple[float, float, float, float, float, float]:
+    return transform.a, transform.b, transform.c, transform.d, transform.e, transform.f
 
 
 def manifest_of(source: ImagerySource) -> Manifest | None:

@@ -29,7 +29,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
+import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from canopy.errors import OutputError
@@ -50,6 +52,29 @@ MOVES: Final = "moves.json"
 
 Stage = Literal["predict", "publish"]
 """What is done to a sheet: predicted into staged files; and, where each sheet becomes a file, made one."""
+
+
+class SheetDays(Value):
+    """Days, since 1970-01-01, on which the imagery of a sheet's pixels was taken."""
+
+    first: int | None = None
+    """None: of none it is known."""
+    last: int | None = None
+    undated_px: int = 0
+    """Usable pixels of imagery whose day is not known."""
+
+    @classmethod
+    def of(cls, days: NDArray[np.int32], *, undated_px: int) -> Self:
+        """Of pixels whose days are known, and how many others there are."""
+        first, last = (int(days.min()), int(days.max())) if days.size else (None, None)
+        return cls(first=first, last=last, undated_px=undated_px)
+
+    def __add__(self, other: SheetDays) -> SheetDays:
+        """Of both sets of pixels together."""
+        known = [day for part in (self, other) for day in (part.first, part.last) if day is not None]
+        return SheetDays(
+            first=min(known, default=None), last=max(known, default=None), undated_px=self.undated_px + other.undated_px
+        )
 
 
 class SheetRecord(Value):
@@ -77,6 +102,8 @@ class SheetRecord(Value):
     """Of the bands of the two published files."""
     shift: Shift | None = None
     """How unlike the calibration data it is; None: not measured."""
+    days: SheetDays | None = None
+    """When the imagery of its pixels was taken; None: the plan says it of all of them."""
 
 
 class FailedSheet(Value):

@@ -20,6 +20,7 @@ def run_record(
     crew: dict[str, Any],
     *,
     shift: dict[str, Any],
+    days: dict[str, Any],
     started: datetime,
     load_s: float,
     wall_s: float,
@@ -32,6 +33,7 @@ def run_record(
         stages: What was timed besides the sheets.
         crew: Who did them.
         shift: How unlike the calibration data the map is, see `canopy.region.shift.shift_record`.
+        days: When its imagery was taken, see `canopy.region.dates.days_record`.
         started: When this run began.
         load_s: Seconds that loading the model took in this process.
         wall_s: Seconds since this run began.
@@ -61,7 +63,7 @@ def run_record(
         "canopy": __version__,
         "started": started.isoformat(timespec="seconds"),
         "plan": {"identity": plan.identity, "sheets_found_done": len(plan.sheets) - fresh},
-        "imagery": {**plan.imagery.told, "bands": plan.bands, "resampling": plan.resampled},
+        "imagery": {**plan.imagery.told, **days, "bands": plan.bands, "resampling": plan.resampled},
         "models": [_told(model) for model in plan.models],
         "tta": plan.tta,
         "calibration": plan.tags["CANOPY_CALIBRATION"],

@@ -27,11 +27,15 @@ from pyproj import CRS
 from canopy.errors import AreaError, CanopyError, OutputError, RegionError
 from canopy.grid import Box
 from canopy.model.tables import Calibrated
-from canopy.mosaicker.publish import COG_BYTES_PER_PIXEL, STAGED_BYTES_PER_PIXEL, write_pair
+from canopy.mosaicker.dates import write_dates
+from canopy.mosaicker.publish import COG_BYTES_PER_PIXEL, DATE_BYTES_PER_PIXEL, STAGED_BYTES_PER_PIXEL, write_pair
 from canopy.mosaicker.stages import Stages
 from canopy.region.cluster import read_cluster
+from canopy.region.dates import days_of, days_record
+from canopy.region.description import NAMES as DESCRIPTION
+from canopy.region.description import describe_map
 from canopy.region.engine import Crew, Engine, Outcome, Told, crew_for, work_alone, work_together
-from canopy.region.folder import ERROR, HEIGHT, RUN
+from canopy.region.folder import DATE, ERROR, HEIGHT, RUN
 from canopy.region.plan import MAX_FILE_PX, SHEET_PX, Plan, manifest_of, plan_region
 from canopy.region.records import (
     MOVES,
@@ -58,10 +62,11 @@ from canopy.tiler.imagery import Band, ImagerySource, LocalPaths
 if TYPE_CHECKING:
     from canopy.mosaicker.ensemble import Ensemble
     from canopy.mosaicker.forecast import Forecast
+    from canopy.mosaicker.quantum import Statistics
     from canopy.tiler.manifest import Manifest
 
 RESULTS: Final = (
-    *HEIGHT, *ERROR, RUN, "sheets", *SHIFT,
+    *HEIGHT, *ERROR, *DATE, "date.vrt.ovr", RUN, "sheets", *SHIFT, *DESCRIPTION,
     *(f"{kind}.{end}" for kind in ("height", "error") for end in ("vrt.ovr", "gti.gpkg", "gti.gpkg.ovr")),
 )  # fmt: skip
 """Everything that a map may have in its folder."""
@@ -456,7 +461,8 @@ def _check_disk(out: Path, plan: Plan, todo: Sequence[int], engine: Engine) -> N
     staged = pixels
     if not plan.one_file and not engine.elsewhere:
         staged = pixels[: 2 * max(1, engine.processes(plan.device, len(pixels)))]
-    free, need = shutil.disk_usage(out).free, COG_BYTES_PER_PIXEL * sum(pixels) + STAGED_BYTES_PER_PIXEL * sum(staged)
+    free, dates = shutil.disk_usage(out).free, DATE_BYTES_PER_PIXEL if plan.is_dated else 0
+    need = (COG_BYTES_PER_PIXEL + dates) * sum(pixels) + (STAGED_BYTES_PER_PIXEL + dates) * sum(staged)
     if free < need:
         raise OutputError(
             f"{out} has {free / 1e9:.2f} GB free and the map needs up to {need / 1e9:.2f} GB while it is made; "
@@ -607,17 +613,21 @@ def _finish_files(work: Work, out: Path, clock: _Clock, crew: dict[str, Any], *,
             f"covers, and no narrower than a pixel of {plan.gsd_m:g} m"
         )
     abstained_px = sum(record.abstained_px for record in records)
-    tags = map_tags(plan, records) | abstained_tag(abstained_px)
+    tags, days = map_tags(plan, records) | abstained_tag(abstained_px), days_of(plan, records)
+    statistics: tuple[Statistics, Statistics] | None = None
     try:
         with stages.time("publish", alone=True):
             write_shift(work.result, plan, records)
             if plan.one_file:
-                height, _ = write_pair(
-                    work.result / HEIGHT[0], work.result / ERROR[0],
-                    [staged_sheet(work, record.sheet) for record in records],
+                staged = [staged_sheet(work, record.sheet) for record in records]
+                statistics = write_pair(
+                    work.result / HEIGHT[0], work.result / ERROR[0], staged,
                     lattice=plan.lattice, box=plan.extent, tags=tags,
                 )  # fmt: skip
-                check_known(work, height[0].count, sum(record.known_px for record in records))
+                check_known(work, statistics[0][0].count, sum(record.known_px for record in records))
+                if plan.is_dated:
+                    dates = [(sheet.box, sheet.date) for sheet in staged if sheet.date is not None]
+                    write_dates(work.result / DATE[0], dates, lattice=plan.lattice, box=plan.extent, tags=tags)
             else:
                 from canopy.mosaicker.sheets import index_sheets
 
@@ -627,8 +637,10 @@ def _finish_files(work: Work, out: Path, clock: _Clock, crew: dict[str, Any], *,
                 )  # fmt: skip
         record = run_record(
             work, stages, crew,
-            shift=shift_record(plan, records), started=clock.started, load_s=clock.load_s, wall_s=clock.wall_s, fresh=fresh,
+            shift=shift_record(plan, records), days=days_record(days), started=clock.started, load_s=clock.load_s,
+            wall_s=clock.wall_s, fresh=fresh,
         )  # fmt: skip
+        describe_map(work, record, records, statistics=statistics, days=days)
         write_text(work.result / RUN, json.dumps(record, indent=2) + "\n")
     except OutputError as error:
         done = len(records)

@@ -20,14 +20,16 @@ from numpy.typing import NDArray
 from canopy.errors import CanopyError, ClusterError, OutputError, RasterError
 from canopy.grid import Box
 from canopy.heap import trim_heap
-from canopy.mosaicker.publish import StagedSheet, stage_sheet
+from canopy.mosaicker.dates import as_numbers
+from canopy.mosaicker.publish import StagedSheet, stage_sheet, staged_in
 from canopy.mosaicker.quantum import error_bands, quantise
 from canopy.mosaicker.stages import Stages
 from canopy.region.plan import GAUSSIAN_90, Plan
-from canopy.region.records import MANIFEST, SheetRecord, Stage, Work, keep
+from canopy.region.records import MANIFEST, SheetDays, SheetRecord, Stage, Work, keep
 from canopy.region.report import abstained_tag
 from canopy.region.shift import ShiftMeter, sheet_tags
 from canopy.tiler.area import area_mask
+from canopy.tiler.headers import NO_DATE
 from canopy.tiler.imagery import ImageFiles, ImagerySource
 
 if TYPE_CHECKING:
@@ -189,6 +191,8 @@ def _predict(desk: Desk, number: int) -> SheetRecord:
     work, plan = desk.work, desk.work.plan
     sheet, stages, table = plan.sheet(number), Stages(), desk.ensemble.calibration
     known_px, abstained_px, meter = 0, 0, ShiftMeter.of(desk.ensemble, sheet)
+    dated = plan.is_dated
+    days = SheetDays()
 
     def wanted(box: Box) -> NDArray[np.bool_]:
         return area_mask(plan.polygons, plan.lattice, box)
@@ -198,13 +202,14 @@ def _predict(desk: Desk, number: int) -> SheetRecord:
         with _told_apart(attempt), ExitStack() as stack:
             stack.callback(trim_heap)
             source = stack.enter_context(desk.source.open(plan.lattice, plan.bands))
-            staged, writer = stack.enter_context(stage_sheet(attempt, plan.lattice, sheet))
+            staged, writer = stack.enter_context(stage_sheet(attempt, plan.lattice, sheet, dated=dated))
             # Closed before the image is: an error while writing must not leave the reader thread on a closed file.
             predictions = stack.enter_context(
                 closing(
                     predict_sheet(
                         desk.ensemble, source, plan.layout, sheet,
                         wanted=wanted, stages=stages, advance=desk.advance, batch=desk.batch,
+                        dated=dated,
                     )
                 )
             )  # fmt: skip
@@ -226,13 +231,17 @@ def _predict(desk: Desk, number: int) -> SheetRecord:
                         meter.add(strip, prediction.image, np.isfinite(mean))
                 with stages.time("write"):
                     writer.write(strip.box, height, error)
+                    if prediction.days is not None:
+                        known = usable & (prediction.days != NO_DATE)
+                        writer.write_dates(strip.box, as_numbers(prediction.days, known))
+                        days += SheetDays.of(prediction.days[known], undated_px=int((usable & ~known).sum()))
         # A file that changed while it was being read may have given both states.
         plan.refuse_changed_imagery()
-        places = {path: work.staged / path.name for path in (staged.height, staged.error)}
+        places = {path: work.staged / path.name for path in staged.paths}
         record = work.new_record(
             number, "predict", files=keep(places, work.folder),
             known_px=known_px, abstained_px=abstained_px, stages=stages.record(), batch=desk.batch.record(),
-            shift=None if meter is None else meter.shift,
+            shift=None if meter is None else meter.shift, days=days if dated else None,
         )  # fmt: skip
         return work.finish(record)
 
@@ -268,7 +277,7 @@ def _publish(work: Work, number: int) -> SheetRecord:
         record = work.new_record(
             number, "publish", files=keep(places, work.folder), known_px=predicted.known_px,
             abstained_px=predicted.abstained_px, stages=stages.record(), statistics=(sheet.height, sheet.error),
-            shift=predicted.shift,
+            shift=predicted.shift, days=predicted.days,
         )  # fmt: skip
         work.finish(record)
     staged.unlink()
@@ -290,10 +299,7 @@ def check_known(work: Work, found_px: int, predicted_px: int) -> None:
 
 def staged_sheet(work: Work, number: int) -> StagedSheet:
     """The staged files of a predicted sheet."""
-    name = work.plan.sheet_name(number)
-    return StagedSheet(
-        box=work.plan.sheet(number), height=work.staged / f"{name}_height.tif", error=work.staged / f"{name}_error.tif"
-    )
+    return staged_in(work.staged, work.plan.sheet(number), dated=work.plan.is_dated)
 
 
 def published_sheet(record: SheetRecord) -> PublishedSheet:
@@ -301,4 +307,4 @@ def published_sheet(record: SheetRecord) -> PublishedSheet:
     from canopy.mosaicker.sheets import PublishedSheet
 
     height, error = record.statistics
-    return PublishedSheet(box=Box(*record.box), name=record.name, height=height, error=error)
+    return PublishedSheet(box=Box(*record.box), name=record.name, height=height, error=error, dated=record.days is not None)

@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from canopy.errors import OutputError
 from canopy.grid import Box, Lattice
 from canopy.model.shift import FLAG_SHARE, Shift, ShiftReference, unlikeness
 from canopy.model.squares import SQUARE_PX, StripSquares
 from canopy.mosaicker.blend import Strip
-from canopy.raster import delete
+from canopy.region.layers import write_layer
 from canopy.textfile import write_text
 
 if TYPE_CHECKING:
+    import geopandas
+
     from canopy.mosaicker.ensemble import Ensemble
     from canopy.region.plan import Plan
     from canopy.region.records import SheetRecord
@@ -150,31 +151,13 @@ def write_shift(out: Path, plan: Plan, records: Sequence[SheetRecord]) -> None:
     }  # fmt: skip
     write_text(out / JSON, json.dumps(told, indent=1) + "\n")
     outlines = [Box(*record.box) for record in records if record.shift is not None]
-    _write_layer(out / LAYER, plan.lattice, outlines, sheets)
+    write_layer(out / LAYER, _frame(plan.lattice, outlines, sheets), "shift")
 
 
-def _write_layer(path: Path, lattice: Lattice, boxes: Sequence[Box], rows: Sequence[dict[str, Any]]) -> None:
+def _frame(lattice: Lattice, boxes: Sequence[Box], rows: Sequence[dict[str, Any]]) -> geopandas.GeoDataFrame:
     import geopandas
     import pandas as pd
-    import pyogrio
     import shapely
-    from pyogrio.errors import DataLayerError, DataSourceError, FeatureError
-
-    from canopy.mosaicker.gti import undated
 
     frame = pd.DataFrame(rows).astype({"share": "float64", "median": "float64", "flagged": "boolean"})
-    outlines = geopandas.GeoDataFrame(
-        frame, geometry=[shapely.box(*lattice.grid(box).bounds) for box in boxes], crs=lattice.crs
-    )
-    part = path.with_name(f".{path.name}")
-    journal = part.with_name(f"{part.name}-journal")
-    try:
-        # A run that was killed leaves its part, and a GeoPackage written over another one counts its changes.
-        delete(part, journal)
-        with undated():
-            pyogrio.write_dataframe(outlines, part, layer="shift", driver="GPKG")
-        part.replace(path)
-    except (DataLayerError, DataSourceError, FeatureError, OSError) as error:
-        raise OutputError(f"cannot write {path} ({error}); free disk space or choose another folder") from error
-    finally:
-        delete(part, journal)
+    return geopandas.GeoDataFrame(frame, geometry=[shapely.box(*lattice.grid(box).bounds) for box in boxes], crs=lattice.crs)

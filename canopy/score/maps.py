@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +19,7 @@ from canopy.region.folder import RegionFolder
 from canopy.score.cells import HeightRasters
 from canopy.score.leaks import model_of, models_of_tags
 from canopy.score.result import MapInfo, ModelInfo
+from canopy.tiler.days import as_date, span
 from canopy.tiler.headers import NO_DATE, ImageFile, find_files, read_headers
 from canopy.tiler.heights import refuse_implausible, unit_m_of
 
@@ -138,7 +139,7 @@ def _open_output(given: GivenMap, folder: RegionFolder, pool: RasterPool) -> Ope
     return OpenMap(
         info=info.model_copy(
             update={
-                "date": given.date or days,
+                "date": given.date or folder.days or days,
                 "statistic": given.statistic or "mean of the predicted distribution of each pixel",
                 "has_intervals": folder.error is not None,
                 "calibration": tags.get("CANOPY_CALIBRATION"),
@@ -311,19 +312,6 @@ def sample_m(rasters: HeightRasters) -> NDArray[np.float64]:
 
 
 # --- days ----------------------------------------------------------------------------------------------------------------
-
-
-def as_date(day: int) -> str:
-    """ISO text of days since 1970-01-01."""
-    return (date(1970, 1, 1) + timedelta(days=day)).isoformat()
-
-
-def span(days: Sequence[str]) -> str | None:
-    """The days as one text: one, or the first and the last; None of none."""
-    if not days:
-        return None
-    first, last = min(days), max(days)
-    return first if first == last else f"{first} to {last}"
 
 
 def ends_of(text: str | None) -> tuple[date, date] | None:

@@ -11,8 +11,9 @@ from pyproj.exceptions import CRSError
 from canopy.errors import NoCrsError, RasterError, ScoreError
 from canopy.raster import RasterPool, open_raster
 from canopy.score.cells import HeightRasters
-from canopy.score.maps import as_date, checked_date, ends_of, open_heights, sample_m
+from canopy.score.maps import checked_date, ends_of, open_heights, sample_m
 from canopy.score.result import MapInfo, ReferenceInfo, Statistic
+from canopy.tiler.days import as_date
 from canopy.tiler.headers import NO_DATE, LocalPaths, find_files, read_headers
 from canopy.tiler.heights import MAX_BELOW_GROUND_M, MAX_HEIGHT_M, refuse_implausible
 

@@ -96,6 +96,9 @@ class Imagery(Protocol):
     def days(self, box: Box) -> NDArray[np.int32]:
         """(row, col) days since 1970-01-01 of the scene each pixel came from; `NO_DATE` where unknown or invalid."""
 
+    def touching(self, box: Box) -> tuple[int, ...]:
+        """The scenes that may give a pixel of `box`, by their places in the record of the source."""
+
 
 class ImagerySource(Protocol):
     """Where imagery comes from, looked up once; it can be opened on any lattice."""
@@ -343,6 +346,7 @@ class LocalImagery:
             self._layer_of[[p.rank for p in placed]] = len(self._layers)
             mosaic = _NativeMosaic(placed, pool, alpha_is_mask=info.alpha == "mask")
             self._layers.append(_Layer(mosaic=mosaic, grid=key, crs=crs, to_image=transformers[name]))
+        self._boxes = boxes
         self._tree = _tree(boxes)
         self._day_of = np.array([file.day for file in info.files], np.int32)
         self._tiles: OrderedDict[tuple[int, int], _Owned | None] = OrderedDict()
@@ -361,6 +365,11 @@ class LocalImagery:
         # Who owns a pixel depends on what is masked, so it takes a reading; usually `read` has just done it.
         owner = self._last[1] if self._last is not None and self._last[0] == box else self._read(box).owner
         return np.where(owner >= 0, self._day_of[owner], NO_DATE)
+
+    def touching(self, box: Box) -> tuple[int, ...]:
+        """The files that hold a pixel of `box`, whether masked or not, by their places among `ImageryInfo.files`."""
+        # The tree finds also what only touches an edge of it.
+        return tuple(int(index) for index in _hits(self._tree, box) if self._boxes[index].intersect(box) is not None)
 
     def _read(self, box: Box) -> _Owned:
         if self.resampled == "none":

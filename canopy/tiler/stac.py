@@ -156,6 +156,10 @@ class StacImagery:
             days[here] = tile.days[there]
         return days
 
+    def touching(self, box: Box) -> tuple[int, ...]:
+        """The items that reach into `box`, by their places in the manifest."""
+        return tuple(scene.index for scene in self._scenes if scene.box.intersect(box) is not None)
+
     def _tiles(self, box: Box) -> Iterator[tuple[_Tile, tuple[slice, slice], tuple[slice, slice]]]:
         rows = range(box.row0 // TILE_PX, (box.row1 - 1) // TILE_PX + 1)
         cols = range(box.col0 // TILE_PX, (box.col1 - 1) // TILE_PX + 1)

@@ -1,5 +1,7 @@
 """A small region of many sheets, its map made without a break, and processes to make it in."""
 
+import re
+
 import numpy as np
 import pytest
 from pyproj import CRS
@@ -54,9 +56,17 @@ def forks(tmp_path_factory):
 
 
 def content(out):
-    """Every file of a finished map but its record of the run, by its path."""
-    return {
+    """Every file of a finished map but its record of the run, by its path; what points to images has their whole paths."""
+    found = {
         path.relative_to(out).as_posix(): path.read_bytes()
         for path in sorted(out.rglob("*"))
         if path.is_file() and path.name != "run.json"
+    }
+
+    def whole(hit):
+        return hit[1] + bytes((out / "imagery" / hit[2].decode()).resolve())
+
+    return {
+        name: re.sub(rb'(relativeToVRT="1">)([^<]*)', whole, text) if name.startswith("imagery/") else text
+        for name, text in found.items()
     }
