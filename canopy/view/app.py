@@ -105,7 +105,7 @@ def create_app(scene: Scene, *, allowed_hosts: Sequence[str] = ("*",)) -> FastAP
         lon: Annotated[float, Query(ge=-180, le=180, allow_inf_nan=False)],
         lat: Annotated[float, Query(ge=-90, le=90, allow_inf_nan=False)],
     ) -> PointValues:
-        return await anyio.to_thread.run_sync(scene.point, lon, lat)
+        return await anyio.to_thread.run_sync(scene.point, lon, lat, limiter=reading)
 
     @app.post("/statistics")
     async def statistics(request: Request) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import shapely
-from pyogrio.raw import read as read_layer
 from pyproj import CRS
 
 from canopy.errors import OutputError
@@ -25,9 +23,12 @@ def flagged_sheets(out: Path) -> dict[str, Any] | None:
     path = out / LAYER
     if not path.is_file():
         return None
+    import shapely
+    from pyogrio.raw import read as read_layer
+
     try:
         meta, _, shapes, columns = read_layer(path, columns=["sheet", "share", "flagged"])
-    except Exception as error:  # GDAL's errors have no common class there
+    except (RuntimeError, ValueError) as error:
         raise OutputError(f"{path} cannot be read ({error}); make the map again, or delete the file") from error
     fields = dict(zip(meta["fields"], columns, strict=True))
     to_degrees = transformer(CRS.from_user_input(meta["crs"]), LON_LAT)

@@ -155,7 +155,7 @@ def hillshade(height_m: NDArray[np.float32], pixel_m: float) -> NDArray[np.float
     azimuth, altitude = np.radians(SUN_AZIMUTH_DEG), np.radians(SUN_ALTITUDE_DEG)
     sun_east, sun_north, sun_up = np.sin(azimuth) * np.cos(altitude), np.cos(azimuth) * np.cos(altitude), np.sin(altitude)
     shade = (sun_up - sun_east * to_east - sun_north * to_north) / np.sqrt(1 + to_east**2 + to_north**2)
-    return np.asarray(np.clip(shade, 0, 1), np.float32)
+    return np.where(np.isfinite(middle), np.clip(shade, 0, 1), np.nan).astype(np.float32)
 
 
 # --- which there are -------------------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ class Scene:
             "attribution": self.attribution,
             "layers": [_layer(layer) for layer in self.layers.values()],
             "notices": notices,
-            "flagged": flagged_sheets(folder.path),
+            "flagged": flagged_sheets(folder.path) if run.get("shift", {}).get("sheets_flagged") else None,
         }
 
     def _coverage(self) -> float | None:

@@ -96,10 +96,9 @@ def polygon_statistics(folder: RegionFolder, polygon: Any) -> dict[str, Any]:
 
 
 def _histogram(zone: Any) -> dict[str, list[float]]:
-    """Square metres of known ground by height, from 0 m or lower to the greatest height; empty where none is known."""
+    """Square metres of known ground by height, from 0 m (what is lower counts as it) up; empty where none is known."""
     if not zone.heights.total > 0:
         return {"edges_m": [], "area_m2": []}
-    low = min(math.floor(zone.heights.least_m / HISTOGRAM_M), 0)
-    high = max(math.floor(zone.heights.max_m / HISTOGRAM_M) + 1, low + 1)
-    edges_m = np.arange(low, high + 1) * HISTOGRAM_M
+    classes = max(math.floor(zone.heights.max_m / HISTOGRAM_M), 0) + 1
+    edges_m = np.arange(classes + 1) * HISTOGRAM_M
     return {"edges_m": edges_m.tolist(), "area_m2": (zone.heights.by_class(edges_m) * zone.pixel_m2).tolist()}
