@@ -9,7 +9,7 @@ import { make } from "./elements.js";
  */
 export function legendOf(layers, hatched) {
   const groups = new Map();
-  for (const layer of layers) {
+  for (const layer of layers.filter(({ legend, note }) => legend.length > 0 || note)) {
     const key = JSON.stringify([layer.legend, layer.note]);
     groups.set(key, [...(groups.get(key) ?? []), layer]);
   }
@@ -23,6 +23,7 @@ export function legendOf(layers, hatched) {
   });
   if (hatched) blocks.push(make("div", { class: "legend" }, make("ul", {}, make("li", {}, make("span", { class: "swatch hatched" }), "flagged sheet: the 90\u00a0% is not promised"))));
   if (!layers.length) blocks.unshift(make("p", { class: "soft" }, "No layer is shown."));
+  else if (!groups.size) blocks.unshift(make("p", { class: "soft" }, `${layers.map((layer) => layer.title).join(", ")}: nothing to explain.`));
   return blocks;
 }
 

@@ -68,7 +68,8 @@ class Page {
     const { info } = this;
     document.title = `${info.name} · canopy`;
     part("name").textContent = info.name;
-    part("about").textContent = ["canopy height", `${number(info.gsd_m, info.gsd_m < 1 ? 2 : 1)}\u00a0m pixels`, info.date].filter(Boolean).join(" · ");
+    const about = ["canopy height", `${number(info.gsd_m, info.gsd_m < 1 ? 2 : 1)}\u00a0m pixels`, info.date].filter(Boolean);
+    part("about").replaceChildren(...about.flatMap((text, i) => [i ? " · " : "", make("span", { class: "whole" }, text)]));
     part("notices").hidden = info.notices.length === 0;
     part("notices").replaceChildren(...info.notices.map((text) => make("li", {}, text)));
     part("facts").replaceChildren(
@@ -190,7 +191,7 @@ class Page {
     });
     if (corners && this.map.loaded()) {
       openPanel(true);
-      part("statistics").scrollIntoView({ block: "nearest" });
+      part("statistics").scrollIntoView({ block: "start" });
     }
     this.remember();
   }

@@ -22,7 +22,7 @@ export class Place {
     const { signal } = this.request;
     const flagged = this.isFlagged(this.map.project(lngLat));
     const content = make("div", { class: "place", role: "status" }, make("p", { class: "soft" }, "Reading …"));
-    this.popup = new Popup({ maxWidth: "17rem", focusAfterOpen: false, closeOnClick: false }).setLngLat(lngLat).setDOMContent(content).addTo(this.map);
+    this.popup = new Popup({ maxWidth: "20rem", focusAfterOpen: false, closeOnClick: false }).setLngLat(lngLat).setDOMContent(content).addTo(this.map);
     try {
       const values = await pointAt(lngLat.lng, lngLat.lat, signal);
       content.replaceChildren(...this.#describe(values, flagged));

@@ -8,7 +8,10 @@ const WIDTH = 300;
 const HEIGHT = 130;
 const MARGIN = { left: 34, right: 6, top: 8, bottom: 32 };
 
-/** What is shown, in this order; what the server does not tell is left out. */
+/**
+ * What is shown, in this order; what the server does not tell is left out. The ends of the mean hold it nine times out of ten;
+ * the bounds of the others are what they would be if all heights were at their lower or upper ends.
+ */
 const ROWS = [
   ["area_m2", "Area", area],
   ["known_fraction", "Heights known", percent],
@@ -34,7 +37,7 @@ export async function showStatistics(corners, clear) {
   const numbers = part("numbers");
   numbers.replaceChildren(make("p", { class: "soft" }, "Reading the heights …"));
   numbers.setAttribute("aria-busy", "true");
-  const remove = make("button", { type: "button" }, "Remove polygon");
+  const remove = make("button", { type: "button" }, "Remove");
   remove.addEventListener("click", clear);
   try {
     const found = await statisticsOf(corners, signal);
@@ -51,14 +54,15 @@ function describe(found) {
   return [make("dl", { class: "numbers" }, ...rows), found.histogram ? histogram(found) : null].filter(Boolean);
 }
 
-/** The ends of a number's 90 % interval, where the server tells any. */
+/** The ends that the server tells for a number, if it tells any. */
 function between(found, key) {
+  if (found[key] === null) return null;
   const stem = key.replace(/_m$/, "");
   const names = [`${stem}_lower_90`, `${stem}_upper_90`].map((name) => (key.endsWith("_m") ? `${name}_m` : name));
   if (!names.every((name) => name in found)) return null;
   const [lower, upper] = names.map((name) => found[name]);
   const text = key.endsWith("_m") ? interval(lower, upper) : [lower, upper].includes(null) ? UNKNOWN : `${percent(lower)} to ${percent(upper)}`;
-  return make("span", { class: "between" }, text === UNKNOWN ? "interval unknown" : `90\u00a0%: ${text}`);
+  return make("span", { class: "between" }, text === UNKNOWN ? "error unknown" : `${key === "mean_m" ? "90\u00a0%" : "bounds"}: ${text}`);
 }
 
 /** A link that saves the polygon with its numbers, for a GIS. */

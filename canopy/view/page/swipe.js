@@ -44,7 +44,11 @@ export class Swipe {
       this.over = createMap(part("over"), this.info, { camera: { lon: lng, lat, zoom: this.map.getZoom() }, lead: false });
       this.over.getCanvas().setAttribute("tabindex", "-1");
       this.made(this.over);
-      this.over.once("load", () => this.#right());
+      this.ready = false;
+      this.over.once("load", () => {
+        this.ready = true;
+        this.#right();
+      });
       this.map.on("move", this.follow);
     }
     this.sides = sides;
@@ -55,7 +59,7 @@ export class Swipe {
   }
 
   #right() {
-    if (this.over?.isStyleLoaded() || this.over?.loaded()) showStack(this.over, alone(this.sides.stack, this.sides.right.id));
+    if (this.ready) showStack(this.over, alone(this.sides.stack, this.sides.right.id));
   }
 
   #place(at) {
