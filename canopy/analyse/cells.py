@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from canopy.errors import AnalysisError
-from canopy.grid import Box, Grid, Lattice
+from canopy.grid import SNAP_TOLERANCE_PX, Box, Grid, Lattice
 from canopy.mosaicker.quantum import QUANTUM_M
 
 LEAST_KNOWN: Final = 0.5
@@ -66,40 +66,48 @@ class Cells:
         """Where the cells lie."""
         return self.lattice.grid(self.box)
 
+    def edges_px(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Edges of the cells along the rows and along the columns, in pixels of the map from its first one, ascending.
+
+        An edge within a thousandth of a pixel of a pixel's edge is that edge, as for the lattice.
+        """
+        rows, cols = self.box.shape
+        _, row_edges = self.source.pixel(0.0, self.grid.xy(0, np.arange(rows + 1.0))[1])
+        col_edges, _ = self.source.pixel(self.grid.xy(np.arange(cols + 1.0), 0)[0], 0.0)
+        return _snapped(row_edges), _snapped(col_edges)
+
     def chunks(self) -> Iterator[tuple[int, int, CellWindow]]:
         """(row, column of the first cell, window) of parts of the cells, each cell in one."""
+        row_edges, col_edges = self.edges_px()
         rows, cols = self.box.shape
-        step_y, step_x = (max(1, math.floor(_CHUNK_PX * gsd_m / self.lattice.gsd_m)) for gsd_m in self.source.gsd[::-1])
-        for row in range(0, rows, step_y):
-            for col in range(0, cols, step_x):
-                shape = (min(step_y, rows - row), min(step_x, cols - col))
-                yield row, col, self._window(row, col, shape)
-
-    def _window(self, row: int, col: int, shape: tuple[int, int]) -> CellWindow:
-        part = self.grid.crop(row, col, shape)
-        left, bottom, right, top = part.bounds
-        (col0, row0), (col1, row1) = self.source.pixel(left, top), self.source.pixel(right, bottom)
-        cols, rows = (_edges(first, last, n) for first, last, n in ((col0, col1, shape[1]), (row0, row1, shape[0])))
-        # An edge within a thousandth of a pixel of a pixel's edge is that edge, as for the lattice.
-        box = Box(math.floor(rows[0]), math.floor(cols[0]), math.ceil(rows[-1]), math.ceil(cols[-1]))
-        return CellWindow(box=box, row_edges=rows - box.row0, col_edges=cols - box.col0)
+        step = max(1, math.floor(_CHUNK_PX * max(self.source.gsd) / self.lattice.gsd_m))
+        for row in range(0, rows, step):
+            for col in range(0, cols, step):
+                yield (
+                    row,
+                    col,
+                    CellWindow(row_edges=row_edges[row : row + step + 1], col_edges=col_edges[col : col + step + 1]),
+                )
 
 
-def _edges(first: float, last: float, count: int) -> NDArray[np.float64]:
-    edges = np.linspace(first, last, count + 1)
+def _snapped(edges: NDArray[np.float64]) -> NDArray[np.float64]:
     whole = np.rint(edges)
-    return np.where(np.abs(edges - whole) < 1e-3, whole, edges)
+    return np.where(np.abs(edges - whole) < SNAP_TOLERANCE_PX, whole, edges)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CellWindow:
     """A rectangle of cells and the pixels under it."""
 
-    box: Box
-    """Pixels of the map, from its first one; may hang over its edges."""
     row_edges: NDArray[np.float64]
-    """Edges of the cells along the rows, in pixels from the first of `box`, ascending."""
+    """Edges of the cells along the rows, in pixels of the map from its first one, ascending."""
     col_edges: NDArray[np.float64]
+
+    @property
+    def box(self) -> Box:
+        """Pixels of the map; may hang over its edges."""
+        (top, bottom), (left, right) = ((math.floor(e[0]), math.ceil(e[-1])) for e in (self.row_edges, self.col_edges))
+        return Box(top, left, bottom, right)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,7 +117,7 @@ class CellWindow:
     def shares(self, counted: NDArray[np.bool_]) -> NDArray[np.float64]:
         """(row, col) share of the area of each cell whose pixels count, from (row, col) pixels of `box`."""
         assert counted.shape == self.box.shape, f"{counted.shape} pixels for {self.box}"
-        along_rows, along_cols = _weights(self.row_edges, self.box.shape[0]), _weights(self.col_edges, self.box.shape[1])
+        along_rows, along_cols = _weights(self.row_edges), _weights(self.col_edges)
         return np.asarray(along_cols @ (along_rows @ counted.astype(np.float64)).T).T
 
     def quantiles(self, height_m: NDArray[np.float32], levels: tuple[float, ...]) -> NDArray[np.float32]:
@@ -129,18 +137,17 @@ class CellWindow:
         return out
 
 
-def _weights(edges: NDArray[np.float64], pixels: int) -> sparse.csr_matrix:
-    """(cell, pixel) length of a pixel inside a cell over the cell's length."""
-    rows, cols, values = [], [], []
+def _weights(edges: NDArray[np.float64]) -> sparse.csr_matrix:
+    """(cell, pixel) length of a pixel inside a cell over the cell's length; from the first pixel that a cell touches."""
+    origin, rows, cols, values = math.floor(edges[0]), [], [], []
     for cell, (first, stop) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
-        at = np.arange(math.floor(first), math.ceil(stop))
-        inside = np.minimum(at + 1, stop) - np.maximum(at, first)
-        rows.append(np.full(at.size, cell))
-        cols.append(at)
+        pixel = np.arange(math.floor(first), math.ceil(stop))
+        inside = np.minimum(pixel + 1, stop) - np.maximum(pixel, first)
+        rows.append(np.full(pixel.size, cell))
+        cols.append(pixel - origin)
         values.append(inside / (stop - first))
-    return sparse.csr_matrix(
-        (np.concatenate(values), (np.concatenate(rows), np.concatenate(cols))), shape=(edges.size - 1, pixels)
-    )
+    at = (np.concatenate(rows), np.concatenate(cols))
+    return sparse.csr_matrix((np.concatenate(values), at), shape=(edges.size - 1, math.ceil(edges[-1]) - origin))
 
 
 @njit(nogil=True, cache=True)
@@ -150,13 +157,14 @@ def _quantiles(  # noqa: PLR0917 - numba takes no keywords
 ) -> None:  # fmt: skip
     """Fill `out` by a histogram of the heights in each cell."""
     area = np.zeros(last - first + 1)
+    row0, col0 = int(np.floor(row_edges[0])), int(np.floor(col_edges[0]))
     for i in range(row_edges.size - 1):
         for j in range(col_edges.size - 1):
             total, least, largest = 0.0, last, first
             for row in range(int(np.floor(row_edges[i])), int(np.ceil(row_edges[i + 1]))):
                 high = min(row + 1, row_edges[i + 1]) - max(row, row_edges[i])
                 for col in range(int(np.floor(col_edges[j])), int(np.ceil(col_edges[j + 1]))):
-                    q = quanta[row, col]
+                    q = quanta[row - row0, col - col0]
                     if np.isnan(q):
                         continue
                     weight = high * (min(col + 1, col_edges[j + 1]) - max(col, col_edges[j]))
