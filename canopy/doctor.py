@@ -68,6 +68,7 @@ def examine(*, model: str = "canopy-sample", online: bool = False) -> Iterator[F
     yield _lidar()
     yield from _gpus()
     yield from _models(model)
+    yield _page()
     yield _qgis()
     yield from _clusters()
     yield _confinement()
@@ -199,6 +200,16 @@ def _lidar() -> Finding:
     if not backends:
         return Finding(part=part, state="broken", found="nothing that decompresses LAZ", remedy="pip install lazrs")
     return Finding(part=part, state="ok", found=f"laspy {laspy.__version__} with {', '.join(backends)}")
+
+
+def _page() -> Finding:
+    from canopy.view import maplibre
+
+    part = "canopy view"
+    if not maplibre.in_place():
+        found = f"MapLibre GL {maplibre.VERSION}, which draws the map, is not there"
+        return Finding(part=part, state="limited", found=found, remedy=f"with a network, once: {maplibre.COMMAND}")
+    return Finding(part=part, state="ok", found=f"its page and MapLibre GL {maplibre.VERSION} are there and need no network")
 
 
 def _qgis() -> Finding:
