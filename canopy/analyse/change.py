@@ -249,7 +249,7 @@ def change_maps(
             given, pool, errors_m=(error_before_m, error_after_m), resample=resample,
             allow_different_models=allow_different_models,
         )  # fmt: skip
-        alike = pair.different_models is None and pair.a.blocks is not None
+        alike = pair.different_models is None and all(side.error_m is None for side in (pair.a, pair.b))
         comparison = _Comparison(pair, asked or ("root-sum-square" if alike else "sum"), strip_px)
         if stable is not None:
             parts = comparison.parts(_CHUNK_PX)
@@ -471,7 +471,7 @@ def _mean_change(comparison: _Comparison, sums: NDArray[np.float64], known_px: i
     a, b = means[:SUMMED], means[SUMMED:]
     lower, upper, source = mean_change_interval(a, b, area_m2, comparison.mean_errors)
     return MeanChange(
-        mean_m=float(b[0, 0] - a[0, 0]), lower_90_m=float(lower[0]), upper_90_m=float(upper[0]), interval_from=str(source[0])
+        mean_m=float(b[0, 0] - a[0, 0]), lower_90_m=float(lower[0]), upper_90_m=float(upper[0]), interval_from=source
     )
 
 

@@ -1,9 +1,9 @@
 """Polygons of change as a GeoPackage: where, how much, how sure.
 
 The interval of a polygon's mean change is that of means over ground (`canopy.model.blocks`), not the mean of its pixels'
-intervals: errors of neighbouring pixels cancel in part, and the block table measures how much of them does not. Where there
-is no such table, as for rasters with a stated error, or the polygon is smaller than the smallest square that was measured,
-the pixels count as if they all erred together, which is as wrong as a mean can be.
+intervals: errors of neighbouring pixels cancel in part, and the block table measures how much of them does not. Polygons
+smaller than the smallest square that was measured have at least the mean of their pixels' intervals. Where there is no such
+table, as for rasters with a stated error, the pixels count as if they all erred together: a mean cannot be more wrong.
 
 What the interval does not know: a polygon is where it is because its pixels looked changed. Among many places that did not
 change, those are picked that err most, so the mean change of a small or faint polygon is on the whole too large.
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pyproj import CRS
 
 from canopy.analyse.components import Component
-from canopy.analyse.difference import GAIN, LOSS, Combination, difference_interval
+from canopy.analyse.difference import GAIN, LOSS, Combination, Ends, difference_interval
 from canopy.errors import OutputError
 from canopy.grid import Grid
 from canopy.model.blocks import BlockTable, mean_interval
@@ -138,7 +138,7 @@ class PolygonWriter:
             "mean_change_lower_90_m": lower,
             "mean_change_upper_90_m": upper,
             "change_to_error": np.abs(change) / np.where(reach > 0, reach, np.nan),
-            "interval_from": source,
+            "interval_from": np.array([source] * len(pixels), dtype=object),
             "date_before": np.array([self._dates[0]] * len(pixels), dtype=object),
             "date_after": np.array([self._dates[1]] * len(pixels), dtype=object),
             "years": none if self._years is None else np.full(len(pixels), self._years),
@@ -148,7 +148,7 @@ class PolygonWriter:
 
 def mean_change_interval(
     a: NDArray[np.float64], b: NDArray[np.float64], area_m2: NDArray[np.float64], errors: MeanErrors
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.object_]]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
     """The interval of the mean change of patches of ground.
 
     Args:
@@ -160,19 +160,20 @@ def mean_change_interval(
     Returns:
         (patch,) lower and upper ends in metres, and what they are made of.
     """
-    lower, upper = errors.combination.interval((a[0], a[1], a[2]), (b[0], b[1], b[2]))
-    source = np.full(len(area_m2), BY_PIXELS, dtype=object)
     one, two = errors.blocks
     if one is None or two is None:
-        return lower, upper, source
-    large = area_m2 >= max(one.sides_m[0], two.sides_m[0]) ** 2
-    before, after = (
-        (side[0][large], *mean_interval(side[0][large], side[3][large], area_m2[large], table))
-        for side, table in ((a, one), (b, two))
-    )
-    lower[large], upper[large] = difference_interval(before, after, errors.combination.rule)
-    source[large] = BY_SQUARES
-    return lower, upper, source
+        lower, upper = errors.combination.interval((a[0], a[1], a[2]), (b[0], b[1], b[2]))
+        return lower, upper, BY_PIXELS
+    lower, upper = difference_interval(_of_squares(a, area_m2, one), _of_squares(b, area_m2, two), errors.combination.rule)
+    return lower, upper, BY_SQUARES
+
+
+def _of_squares(means: NDArray[np.float64], area_m2: NDArray[np.float64], table: BlockTable) -> Ends:
+    """Mean heights of patches and the ends of their intervals; small patches have at least the mean of their pixels' own."""
+    mean, lower, upper, half_width = means
+    least, most = mean_interval(mean, half_width, area_m2, table)
+    small = area_m2 < table.sides_m[0] ** 2
+    return mean, np.where(small, np.minimum(least, lower), least), np.where(small, np.maximum(most, upper), most)
 
 
 def _to_crs(grid: Grid) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:

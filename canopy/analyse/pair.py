@@ -17,7 +17,7 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from canopy.errors import AnalysisError
+from canopy.errors import AnalysisError, NoCrsError
 from canopy.grid import Box, Grid
 from canopy.model.blocks import BlockTable
 from canopy.model.tables import Calibrated
@@ -138,7 +138,11 @@ class MapPair:
         """
         folders = [RegionFolder.find(each.path) for each in given]
         _refuse_itself(given, folders)
-        opened = open_maps(given, pool)
+        try:
+            opened = open_maps(given, pool)
+        except NoCrsError as error:
+            first, *_ = str(error).split(";")
+            raise AnalysisError(f"{first}; name it with --crs, for example EPSG:32722") from error
         a, b = (
             Side(map=found, folder=folder, error_m=error_m)
             for found, folder, error_m in zip(opened, folders, errors_m, strict=True)
@@ -186,10 +190,9 @@ def _identity(folder: RegionFolder | None) -> str | None:
 
 def _check_error(side: Side, option: str) -> None:
     """That the error of each pixel is known from one source."""
-    error_m, told = side.error_m, side.map.info.calibration
+    error_m, calibrated = side.error_m, _is_calibrated(side)
     if error_m is not None and not (math.isfinite(error_m) and error_m > 0):
         raise AnalysisError(f"{option} {error_m:g} m is no error; give metres above 0, the half-width of a 90 % interval")
-    calibrated = side.map.bounds is not None and told is not None and not told.startswith(UNCALIBRATED)
     if error_m is None and not calibrated:
         what = "is uncalibrated, so its intervals promise nothing" if side.map.bounds else "is a raster without intervals"
         other = "" if side.folder is None else ", or calibrate the model with canopy calibrate and map again"
@@ -199,6 +202,15 @@ def _check_error(side: Side, option: str) -> None:
         )
     if error_m is not None and calibrated:
         raise AnalysisError(f"{option} {error_m:g} m is given for {side.name}, whose pixels have intervals; leave it out")
+
+
+def _is_calibrated(side: Side) -> bool:
+    """Whether its intervals promise something: by its record or, where that is gone, by its tags."""
+    if side.map.bounds is None or side.folder is None:
+        return False
+    if side.folder.run is not None:
+        return side.calibrated is not None
+    return not (side.map.info.calibration or UNCALIBRATED).startswith(UNCALIBRATED)
 
 
 def _difference(a: Side, b: Side) -> str | None:

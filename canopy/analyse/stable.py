@@ -27,8 +27,8 @@ from canopy.tiler.area import read_area
 
 TAIL: Final = 0.95
 
-_STEPS: Final = 256
-"""Scores are counted in steps of 1/256, rounded up."""
+_STEPS: Final = 4096
+"""Scores are counted in steps of 1/4096, rounded up."""
 _HIGHEST: Final = 64
 """Greatest score that is told from greater ones."""
 
