@@ -34,7 +34,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 TORCH_FREE = (
     "errors", "settings", "grid", "heap", "textfile", "raster", "metrics", "page", "symbology", "tiler",
-    "model.squares", "model.shift",
+    "model.squares", "model.shift", "view",
     "mosaicker.blend", "mosaicker.dates", "mosaicker.publish", "mosaicker.sheets", "mosaicker.quantum", "mosaicker.vrt",
     "mosaicker.gti",
 )  # fmt: skip
