@@ -6,7 +6,8 @@ that of QGIS 3.22, which later versions read; what is left out of it they fill w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, timedelta
 from typing import Final
 from xml.etree import ElementTree as ET
@@ -28,10 +29,10 @@ def document(root: ET.Element) -> str:
     return _DOCTYPE + ET.tostring(root, encoding="unicode") + "\n"
 
 
-def qml(pipe: ET.Element) -> str:
-    """The text of a file with the style of a raster."""
+def qml(style: ET.Element) -> str:
+    """The text of a file with the style of a raster (its pipe) or of polygons (their renderer)."""
     root = ET.Element("qgis", version=QGIS, styleCategories="Symbology")
-    root.append(pipe)
+    root.append(style)
     ET.SubElement(root, "blendMode").text = "0"
     return document(root)
 
@@ -41,14 +42,14 @@ def qml(pipe: ET.Element) -> str:
 
 def height_pipe() -> ET.Element:
     """Heights in the classes of `canopy.symbology`."""
-    return _classes_pipe(HEIGHT_CLASSES, sign="", colours=[each.colour for each in HEIGHT_CLASSES])
+    return classes_pipe(HEIGHT_CLASSES, [each.label() for each in HEIGHT_CLASSES], [each.colour for each in HEIGHT_CLASSES])
 
 
 def error_pipe(*, calibrated: bool) -> ET.Element:
     """Half-widths of the 90 % interval in classes; where nothing is promised of them in greys, and the legend says so."""
-    if calibrated:
-        return _classes_pipe(ERROR_CLASSES, sign="± ", colours=[each.colour for each in ERROR_CLASSES])
-    return _classes_pipe(ERROR_CLASSES, sign="uncalibrated ± ", colours=[grey(each) for each in ERROR_CLASSES])
+    sign = "± " if calibrated else "uncalibrated ± "
+    colours = [each.colour if calibrated else grey(each) for each in ERROR_CLASSES]
+    return classes_pipe(ERROR_CLASSES, [each.label(sign=sign) for each in ERROR_CLASSES], colours)
 
 
 def grey(each: MapClass) -> str:
@@ -58,22 +59,21 @@ def grey(each: MapClass) -> str:
     return f"#{light:02x}{light:02x}{light:02x}"
 
 
-def _classes_pipe(classes: Sequence[MapClass], *, sign: str, colours: Sequence[str]) -> ET.Element:
-    """A raster of metres in classes.
+def classes_pipe(classes: Sequence[MapClass], labels: Sequence[str], colours: Sequence[str]) -> ET.Element:
+    """A raster of metres in classes, each with its label and colour.
 
     Why half a quantum below their ends: a class of QGIS holds its upper end, ours does not. All that is drawn, overviews
     too, is a multiple of the quantum.
     """
     pipe, renderer = _pipe("singlebandpseudocolor")
-    low, high = classes[0].low, classes[-1].low
+    low, high = classes[0].low if math.isfinite(classes[0].low) else classes[0].high, classes[-1].low
     renderer.attrib |= {"classificationMin": f"{low:g}", "classificationMax": f"{high:g}"}
     shader = ET.SubElement(ET.SubElement(renderer, "rastershader"), "colorrampshader")
     shader.attrib |= {
         "colorRampType": "DISCRETE", "classificationMode": "1", "clip": "0", "labelPrecision": "0",
         "minimumValue": f"{low:g}", "maximumValue": f"{high:g}",
     }  # fmt: skip
-    for each, colour in zip(classes, colours, strict=True):
-        label = each.label(sign=sign)
+    for each, label, colour in zip(classes, labels, colours, strict=True):
         end = "inf" if each is classes[-1] else repr(each.high - QUANTUM_M / 2)
         ET.SubElement(shader, "item", value=end, label=label, color=colour, alpha="255")
     return pipe
@@ -81,13 +81,18 @@ def _classes_pipe(classes: Sequence[MapClass], *, sign: str, colours: Sequence[s
 
 def date_pipe(days: Sequence[date]) -> ET.Element:
     """Days of the scenes as colours, from the first (dark) to the last (light)."""
+    shares = [place / max(1, len(days) - 1) for place in range(len(days))]
+    return values_pipe(
+        (day.strftime("%Y%m%d"), day.isoformat(), _between(share)) for day, share in zip(days, shares, strict=True)
+    )
+
+
+def values_pipe(values: Iterable[tuple[str, str, str]]) -> ET.Element:
+    """A raster of few values, each (value, label, colour)."""
     pipe, renderer = _pipe("paletted")
     palette = ET.SubElement(renderer, "colorPalette")
-    for place, day in enumerate(days):
-        share = place / max(1, len(days) - 1)
-        ET.SubElement(
-            palette, "paletteEntry", value=day.strftime("%Y%m%d"), label=day.isoformat(), color=_between(share), alpha="255"
-        )
+    for value, label, colour in values:
+        ET.SubElement(palette, "paletteEntry", value=value, label=label, color=colour, alpha="255")
     return pipe
 
 
@@ -156,6 +161,18 @@ def filled(colour: str = UNKNOWN_COLOUR) -> ET.Element:
 def outlined(colour: str, width_mm: float) -> ET.Element:
     """Outlines of polygons."""
     return _single([_fill_layer(line=colour, width_mm=width_mm)])
+
+
+def outlined_by(column: str, colours: Mapping[str, str], width_mm: float) -> ET.Element:
+    """Outlines of polygons, coloured by the text of a column: text -> colour."""
+    layers = {str(place): [_fill_layer(line=colour, width_mm=width_mm)] for place, colour in enumerate(colours.values())}
+    renderer = _renderer("categorizedSymbol", layers)
+    renderer.set("attr", column)
+    categories = ET.Element("categories")
+    for place, name in enumerate(colours):
+        ET.SubElement(categories, "category", symbol=str(place), value=name, type="string", label=name, render="true")
+    renderer.insert(0, categories)
+    return renderer
 
 
 def hatched(colour: str) -> ET.Element:
