@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-browser lint bench clean
+.PHONY: help demo test test-slow test-qgis test-browser lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,10 +29,18 @@ demo: $(VENV)/.installed ## the whole pipeline on a scene whose heights are know
 TEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test: $(VENV)/.installed-dev ## the tests but the slow ones and the benchmarks
-	$(TEST) -m "not bench and not slow and not browser" $(PYTEST_ARGS)
+	$(TEST) -m "not bench and not slow and not qgis and not browser" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev ## the tests marked slow
-	$(TEST) -m "slow and not bench and not browser" $(PYTEST_ARGS)
+	$(TEST) -m "slow and not bench and not qgis and not browser" $(PYTEST_ARGS)
+
+# QGIS is installed for an interpreter of the system's, not for the one in .venv.
+export QGIS_PYTHON ?= /usr/bin/python3
+
+test-qgis: $(VENV)/.installed-dev ## the tests that ask the real QGIS (Debian: apt install python3-qgis)
+	@QT_QPA_PLATFORM=offscreen $(QGIS_PYTHON) -c 'import qgis.core' 2> /dev/null || \
+		{ echo "$(QGIS_PYTHON) has no QGIS; install it (Debian, Ubuntu: apt install python3-qgis) or name another: make test-qgis QGIS_PYTHON=…" >&2; exit 1; }
+	$(RUN) pytest -m "qgis and not bench" $(PYTEST_ARGS)
 
 test-browser: $(VENV)/.installed-dev ## the tests that drive a real browser (Debian's chromium)
 	$(RUN) pytest -m "browser and not bench" $(PYTEST_ARGS)

@@ -16,7 +16,6 @@ from canopy.grid import Grid
 from canopy.model.blocks import BlockTable
 from canopy.model.tables import Calibrated
 from canopy.raster import open_raster
-from canopy.region.records import WORK
 from canopy.tiler.days import span
 
 HEIGHT: Final = ("height.tif", "height.vrt")
@@ -55,6 +54,8 @@ class RegionFolder:
             next((folder / name for name in names if (folder / name).exists()), None) for names in (HEIGHT, ERROR, DATE)
         )
         if height is None:
+            from canopy.region.records import WORK  # what makes maps, and takes its time to load
+
             if (folder / WORK).exists():
                 raise OutputError(f"{folder} holds no finished map; finish it first with canopy map resume {folder}")
             return None

@@ -1,6 +1,6 @@
 """The images that a map was made of, as layers that open whatever becomes of them: a VRT per CRS over the files.
 
-    imagery/1.vrt, imagery/2.vrt, ...    relative paths to the images, the preferred on top, bands in the model's order
+    imagery/1.vrt, imagery/2.vrt, ...    paths to the images, the preferred on top; bands in the model's order, and alpha
 
 A VRT that says what its files are is opened without them: thousands cost nothing until they are drawn, and one that is gone
 leaves its ground empty instead of a layer that cannot be opened.
@@ -44,6 +44,7 @@ class Picture:
     crs: str
     """As `Scene.crs`."""
     bands: int
+    """Without alpha, which is the last."""
     dtype: str
 
 
@@ -116,7 +117,9 @@ def _vrt(scenes: Sequence[Scene], dtype: str, beside: Path, *, masked: bool) -> 
             source = _add_source(band, each, str(each.scene.bands[index]), dtype)
             if masked:
                 ET.SubElement(source, "UseMaskBand").text = "true"
-    mask = ET.SubElement(ET.SubElement(root, "MaskBand"), "VRTRasterBand", dataType="Byte")
+    # A band of its own: not every program shows the mask of a VRT.
+    mask = ET.SubElement(root, "VRTRasterBand", dataType="Byte", band=str(count + 1))
+    ET.SubElement(mask, "ColorInterp").text = "Alpha"
     for each in placed:
         first = each.scene.bands[0]
         if masked:

@@ -111,12 +111,13 @@ def image_pipe(bands: int, *, stretched: bool) -> ET.Element:
     """An image: its first three bands as red, green and blue, or its only one as grey.
 
     Args:
-        bands: How many it has.
+        bands: How many it has besides alpha, which follows them.
         stretched: Between the darkest and the lightest 2 % of what is on the screen, for values that are no colours.
     """
     pipe, renderer = _pipe(
         "multibandcolor" if bands > 2 else "singlebandgray", limits="CumulativeCut" if stretched else "None"
     )
+    renderer.set("alphaBand", str(bands + 1))
     named = [("red", 1), ("green", 2), ("blue", 3)] if bands > 2 else [("gray", 1)]
     for name, band in named:
         renderer.set(f"{name}Band", str(band))
