@@ -16,14 +16,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
 from canopy.metrics import BlockSums, IntervalSums
 from canopy.model.calibration import MeasuredCoverage, conformal_quantile
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -127,6 +130,8 @@ class BlockMeans:
         col_px: int,
     ) -> None:
         """Take in a raster (row, col) whose first pixel is (row_px, col_px) of the lattice; only pixels that count do."""
+        import pandas as pd  # takes half a second, and who only reads a table needs none
+
         known = counts & np.isfinite(mean_m) & np.isfinite(half_width_m) & np.isfinite(true_m)
         if not known.any():
             return
@@ -164,6 +169,8 @@ class BlockMeans:
 
     def table(self, side_m: float) -> pd.DataFrame:
         """Squares of a side of which enough is known: site and means `mean_m`, `true_m`, `half_width_m`, one row each."""
+        import pandas as pd
+
         parts = self._parts[side_m]
         columns = ["site", "mean_m", "true_m", "half_width_m"]
         if not parts:
