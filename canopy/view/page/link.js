@@ -3,7 +3,7 @@
 //   #view=LON,LAT,ZOOM & layers=ID:PERCENT,-ID:PERCENT (from the top; - is hidden) & swipe=LEFT,RIGHT,PERCENT
 //    & polygon=LON,LAT;LON,LAT;…
 
-const DEGREES = 6; // decimals: a tenth of a metre
+const DEGREES = 7; // decimals: a centimetre
 
 /**
  * What an address asks for; a part that is missing or makes no sense is null.
