@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from canopy.analyse.change_polygons import NAMES as POLYGON_CLASSES
+from canopy.analyse.difference import GAIN, LOSS
 from canopy.region.styles import classes_pipe, outlined_by, qml, values_pipe
 from canopy.symbology import CHANGE_VALUES, DIFFERENCE_CLASSES
 
@@ -24,8 +25,8 @@ def classes_qml() -> str:
 
 
 def polygons_qml() -> str:
-    """Of `changes.gpkg`: outlines by class, so that what is under them is seen."""
-    colours = {each.name: each.colour for each in CHANGE_VALUES if each.value in POLYGON_CLASSES}
+    """Of `changes.gpkg`: outlines in the darkest colours that differences have, so that what is under them is seen."""
+    colours = {POLYGON_CLASSES[LOSS]: DIFFERENCE_CLASSES[0].colour, POLYGON_CLASSES[GAIN]: DIFFERENCE_CLASSES[-1].colour}
     return qml(outlined_by("class", colours, LINE_MM))
 
 
