@@ -176,7 +176,7 @@ def own(url: str, address: str) -> bool:
 def style(page, text: str) -> None:
     """Add style to the page; the server's policy forbids <style>."""
     page.evaluate(
-        "(text) => { const s = new CSSStyleSheet(); s.replaceSync(text); document.adoptedStyleSheets = [...document.adoptedStyleSheets, s] }",
+        "(text) => { const sheet = new CSSStyleSheet(); sheet.replaceSync(text); document.adoptedStyleSheets.push(sheet) }",
         text,
     )
 
@@ -282,8 +282,8 @@ def test_text_has_contrast(look, scheme):
     low = page.evaluate(
         """() => {
         const numbers = (text) => text.match(/[\\d.]+/g).map(Number);
-        const light = (rgb) => rgb.slice(0, 3).map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
-          .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+        const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        const light = (rgb) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => sum + weight * linear(rgb[i] / 255), 0);
         const behind = (element) => {
           for (let at = element; at; at = at.parentElement) {
             const [r, g, b, a = 1] = numbers(getComputedStyle(at).backgroundColor);
@@ -646,7 +646,10 @@ def test_everything_can_be_reached_by_keys(look, tmp_path):
     for _ in range(40):
         page.keyboard.press("Tab")
         name, outlined = page.evaluate(
-            "() => { const e = document.activeElement; return [e.dataset.control || e.id || e.tagName, getComputedStyle(e).outlineStyle !== 'none'] }"
+            """() => {
+                const e = document.activeElement;
+                return [e.dataset.control || e.id || e.tagName, getComputedStyle(e).outlineStyle !== "none"];
+            }"""
         )
         assert outlined or name == "BODY", name
         reached.add(name)

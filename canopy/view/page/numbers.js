@@ -30,11 +30,18 @@ export function area(value_m2) {
   return `${number(scaled, unit === "m²" || scaled >= 100 ? 0 : scaled >= 10 ? 1 : 2)}\u00a0${unit}`;
 }
 
+const ALL = 1 - 1e-6; // nearer to one is the rounding of sums
+
 /** A fraction of one as per cent; what is not quite nothing or not quite all is not rounded to it. */
 export function percent(fraction) {
   if (fraction === null || fraction === undefined || !Number.isFinite(fraction)) return UNKNOWN;
-  const value = 100 * fraction;
-  if (value > 0 && value < 0.1) return "under 0.1\u00a0%";
-  if (value > 99.9 && value < 100) return "over 99.9\u00a0%";
-  return `${number(value, value === 0 || value === 100 ? 0 : 1)}\u00a0%`;
+  if (fraction > 0 && fraction < 0.001) return "under 0.1\u00a0%";
+  if (fraction > 0.999 && fraction < ALL) return "over 99.9\u00a0%";
+  return `${number(100 * fraction, fraction === 0 || fraction >= ALL ? 0 : 1)}\u00a0%`;
+}
+
+/** The ends of a range of fractions as per cent, or "unknown" where one of them is. */
+export function percents(lower, upper) {
+  const ends = [percent(lower), percent(upper)];
+  return ends.includes(UNKNOWN) ? UNKNOWN : `${ends[0].replace("\u00a0%", "")} to ${ends[1]}`;
 }

@@ -1,7 +1,7 @@
 // The numbers of a polygon, each with its interval, and a histogram of its heights.
 
 import { make, part, row } from "./elements.js";
-import { area, interval, metres, number, percent, UNKNOWN } from "./numbers.js";
+import { area, interval, metres, number, percent, percents, UNKNOWN } from "./numbers.js";
 import { statisticsOf } from "./server.js";
 
 const WIDTH = 300;
@@ -61,7 +61,7 @@ function between(found, key) {
   const names = [`${stem}_lower_90`, `${stem}_upper_90`].map((name) => (key.endsWith("_m") ? `${name}_m` : name));
   if (!names.every((name) => name in found)) return null;
   const [lower, upper] = names.map((name) => found[name]);
-  const text = key.endsWith("_m") ? interval(lower, upper) : [lower, upper].includes(null) ? UNKNOWN : `${percent(lower)} to ${percent(upper)}`;
+  const text = key.endsWith("_m") ? interval(lower, upper) : percents(lower, upper);
   return make("span", { class: "between" }, text === UNKNOWN ? "error unknown" : `${key === "mean_m" ? "90\u00a0%" : "bounds"}: ${text}`);
 }
 
