@@ -44,13 +44,16 @@ def write_map(
     *,
     where: Grid | None = None,
     half_width_m: NDArray[np.float32] | float | None = 3.0,
+    error_m: NDArray[np.float32] | None = None,
     blocks: BlockTable | None = BLOCKS,
     tags: dict[str, str] | None = None,
 ) -> RegionFolder:
-    """A map with symmetric intervals, or without any (`half_width_m` None: uncalibrated)."""
+    """A map with symmetric intervals, with those of `error_m` (band, row, col), or without any (`half_width_m` None)."""
     folder.mkdir(parents=True, exist_ok=True)
     where = grid(height_m.shape) if where is None else where
-    if half_width_m is None:
+    if error_m is not None:
+        error = error_m
+    elif half_width_m is None:
         error = np.full((3, *height_m.shape), np.nan, np.float32)
     else:
         error = error_bands(np.maximum(height_m - half_width_m, 0), height_m + half_width_m)
