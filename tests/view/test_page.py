@@ -6,7 +6,6 @@ Every page that a test opens is watched: a line of error in its console, or a re
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from canopy.model.tables import Calibrated, Member
 from canopy.raster import write_raster
 from canopy.symbology import ERROR_CLASSES, HEIGHT_CLASSES
 from canopy.view import maplibre
+from tests.browsers import launch  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.browser
 
@@ -119,21 +119,7 @@ def address(out) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def launch():
-    """Starts Debian's Chromium, which draws WebGL without a graphics card."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium on this machine")
-    if not maplibre.in_place():
-        pytest.skip(f"MapLibre GL is not in place; put it there with {maplibre.COMMAND}")
-    always = ("--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
-    with sync_api.sync_playwright() as play:
-        yield lambda *arguments: play.chromium.launch(executable_path=chromium, args=[*always, *arguments])
-
-
-@pytest.fixture(scope="module")
-def browser(launch):
+def browser(launch):  # noqa: F811 - a fixture
     browser = launch()
     yield browser
     browser.close()
@@ -784,7 +770,7 @@ def test_without_maplibre_the_page_says_how_to_get_it(look):
     look.complaints.clear()
 
 
-def test_without_webgl_the_page_says_so(launch, address):
+def test_without_webgl_the_page_says_so(launch, address):  # noqa: F811 - a fixture
     browser = launch("--disable-3d-apis")
     page = browser.new_page()
     page.goto(address)
