@@ -770,9 +770,10 @@ def derive(
     tree_tops: Annotated[bool, typer.Option("--tree-tops", help="Tree tops as points.")] = False,
     crowns: Annotated[bool, typer.Option("--crowns", help="Tree tops get the crown radius usual for their height.")] = False,
     least_height: Annotated[float, typer.Option(help="Lower tops are no trees, metres.")] = 5.0,
-    window_base: Annotated[float, typer.Option(help="A top is highest in a circle of this diameter, m, ...")] = 2.51503,
-    window_slope: Annotated[float, typer.Option(help="... plus this times its height squared, per m, ...")] = 0.00901,
-    window_most: Annotated[float, typer.Option(help="... but no more than this, m.")] = 20.0,
+    crown_base: Annotated[float, typer.Option(help="A tree of height h has a crown of this many metres ...")] = 2.51503,
+    crown_slope: Annotated[float, typer.Option(help="... plus this many h squared, per metre, ...")] = 0.00901,
+    crown_most: Annotated[float, typer.Option(help="... but no more than this, metres.")] = 20.0,
+    window_share: Annotated[float, typer.Option(help="A top is highest in this share of its crown's diameter.")] = 0.7,
     gap_below: Annotated[float, typer.Option(help="Ground under canopy lower than this many metres may be a gap.")] = 2.0,
     least_gap: Annotated[float, typer.Option(help="Least area of a gap, square metres.")] = 10.0,
     overwrite: Overwrite = False,
@@ -791,7 +792,7 @@ def derive(
     from canopy.analyse.derive import derive as derive_layers
     from canopy.analyse.tops import TopRule
 
-    rule = TopRule(base_m=window_base, per_m=window_slope, most_m=window_most, least_height_m=least_height)
+    rule = TopRule(base_m=crown_base, per_m=crown_slope, most_m=crown_most, share=window_share, least_height_m=least_height)
     wanted = Wanted(
         cover_m=tuple(cover or ()), percentiles_m=tuple(percentiles or ()), tops=rule if tree_tops else None, crowns=crowns,
         gap_below_m=gap_below, least_gap_m2=least_gap,

@@ -183,6 +183,6 @@ def tops_in(surfaces: Surfaces, box: Box, rule: TopRule, *, crowns: bool = False
         "upper_90_m": window.upper_m[row, col], "surroundings_known": ~unknown,
     }  # fmt: skip
     if crowns:
-        columns["crown_radius_m"] = (rule.diameter_m(height_m) / 2).astype(np.float32)
+        columns["crown_radius_m"] = (rule.crown_m(height_m) / 2).astype(np.float32)
     x, y = surfaces.grid.xy(col + wide.col0 + 0.5, row + wide.row0 + 0.5)
     return geopandas.GeoDataFrame(columns, geometry=geopandas.points_from_xy(x, y), crs=surfaces.grid.crs)

@@ -127,7 +127,7 @@ def test_tops_say_what_the_map_says(made, layers):
     np.testing.assert_array_equal(tops["height_m"], height_m.data[0][row, col])
     for name, band in zip(("error_90_m", "lower_90_m", "upper_90_m"), error.data, strict=True):
         np.testing.assert_array_equal(tops[name], band[row, col])
-    np.testing.assert_allclose(tops["crown_radius_m"], RULE.diameter_m(tops["height_m"].to_numpy()) / 2, rtol=1e-6)
+    np.testing.assert_allclose(tops["crown_radius_m"], RULE.crown_m(tops["height_m"].to_numpy()) / 2, rtol=1e-6)
     assert set(tops["surroundings_known"]) == {True, False}
 
 
@@ -159,7 +159,7 @@ def test_a_layer_that_fails_leaves_none(made, tmp_path):
         (["--cover", "10", "--crowns"], "give --tree-tops as well"),
         (["--cover", "10", "--cover", "10"], "given twice"),
         (["--cover", "10", "--least-gap", "-1"], "gaps of at least -1 m²"),
-        (["--tree-tops", "--window-most", "0"], "tree tops by a window"),
+        (["--tree-tops", "--crown-most", "0"], "tree tops by"),
     ],
 )
 def test_what_is_refused(made, tmp_path, words, message):
@@ -170,7 +170,7 @@ def test_what_is_refused(made, tmp_path, words, message):
 
 
 def test_the_command(made, tmp_path):
-    few = ["--window-most", "3"]
+    few = ["--crown-most", "3"]
     done = CliRunner().invoke(app, ["derive", str(made.path), "--out", str(tmp_path / "out"), "--tree-tops", "--json", *few])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)

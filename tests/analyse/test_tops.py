@@ -8,7 +8,7 @@ from canopy.errors import AnalysisError
 from canopy.mosaicker.quantum import quantise
 from tests.finished_maps import GSD_M
 
-RULE = TopRule(most_m=9.0)
+RULE = TopRule(most_m=9.0, share=1.0)
 
 
 def by_definition(height_m, rule):
@@ -16,7 +16,7 @@ def by_definition(height_m, rule):
     found = set()
     for row, col in np.argwhere(height_m >= rule.least_height_m):
         h = height_m[row, col]
-        radius_px = max(min(rule.base_m + rule.per_m * float(h) ** 2, rule.most_m) / 2 / GSD_M, 1.5)
+        radius_px = max(rule.share * min(rule.base_m + rule.per_m * float(h) ** 2, rule.most_m) / 2 / GSD_M, 1.5)
         near = (rows - row) ** 2 + (cols - col) ** 2 <= radius_px**2
         earlier = (rows < row) | ((rows == row) & (cols < col))
         if not (near & ((height_m > h) | ((height_m == h) & earlier))).any():
@@ -86,8 +86,9 @@ def test_low_plants_are_no_trees():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"base_m": -1.0}, {"per_m": float("nan")}, {"most_m": 0.0}, {"most_m": 101.0}, {"least_height_m": 0.0}]
+    "wrong",
+    [{"base_m": -1.0}, {"per_m": float("nan")}, {"most_m": 0.0}, {"most_m": 101.0}, {"share": 0.0}, {"least_height_m": 0.0}],
 )
 def test_no_rule(wrong):
-    with pytest.raises(AnalysisError, match="tree tops by a window"):
+    with pytest.raises(AnalysisError, match="tree tops by"):
         TopRule(**wrong)
