@@ -33,19 +33,31 @@ def image(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def whole(image, tiny_model, tmp_path_factory):
-    """The bytes of its map in one file."""
+def whole_out(image, tiny_model, tmp_path_factory):
+    """Its map in one file."""
     out = tmp_path_factory.mktemp("whole") / "out"
     map_region(imagery=image, model=tiny_model, out=out, sheet_px=SHEET_PX)
-    return content(out)
+    return out
 
 
 @pytest.fixture(scope="session")
-def whole_sheets(image, tiny_model, tmp_path_factory):
-    """The bytes of its map in a file a sheet."""
+def whole(whole_out):
+    """The bytes of its map in one file."""
+    return content(whole_out)
+
+
+@pytest.fixture(scope="session")
+def sheets_out(image, tiny_model, tmp_path_factory):
+    """Its map in a file a sheet."""
     out = tmp_path_factory.mktemp("sheets") / "out"
     map_region(imagery=image, model=tiny_model, out=out, **SHEETS)
-    return content(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def whole_sheets(sheets_out):
+    """The bytes of its map in a file a sheet."""
+    return content(sheets_out)
 
 
 @pytest.fixture(scope="session")
