@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final, Literal, Protocol
+from xml.etree import ElementTree as ET
 
 import numpy as np
 from numpy.typing import NDArray
 
+from canopy.errors import OutputError
 from canopy.metrics import class_index
 from canopy.raster import RasterPool
 from canopy.symbology import DIFFERENCE_CLASSES, ERROR_CLASSES, HEIGHT_CLASSES, UNKNOWN_COLOUR, MapClass
 from canopy.view.heights import TileHeights
-from canopy.view.png import palette_png
-from canopy.view.tiles import Tile
+from canopy.view.png import palette_png, rgba_png
+from canopy.view.tiles import Tile, TileSource
 
 Kind = Literal["height", "error", "image", "reference", "difference", "hillshade", "date"]
 
@@ -156,6 +159,64 @@ def hillshade(height_m: NDArray[np.float32], pixel_m: float) -> NDArray[np.float
     sun_east, sun_north, sun_up = np.sin(azimuth) * np.cos(altitude), np.cos(azimuth) * np.cos(altitude), np.sin(altitude)
     shade = (sun_up - sun_east * to_east - sun_north * to_north) / np.sqrt(1 + to_east**2 + to_north**2)
     return np.where(np.isfinite(middle), np.clip(shade, 0, 1), np.nan).astype(np.float32)
+
+
+# --- dates -----------------------------------------------------------------------------------------------------------------
+
+DATE_STYLE: Final = "date.qml"
+"""The style of `date.tif` in QGIS, which names the days that there are, each with its colour."""
+
+_CENTURY: Final = 20_000_000
+"""Numbers such as 20210714 are larger than float32 holds exactly; what is added to this is not."""
+
+_LEGEND_LINES: Final = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DatePainter:
+    """Days in colours."""
+
+    source: TileSource
+    days: tuple[int, ...]
+    """Such as 20210714, ascending."""
+    colours: tuple[tuple[int, int, int], ...]
+
+    def png(self, tile: Tile, pool: RasterPool) -> bytes | None:
+        """As `Painter`."""
+        pixels = self.source.read(pool, tile.grid(), (1,), base=_CENTURY)
+        if pixels is None:
+            return None
+        days = np.array(self.days)
+        found = pixels.data[0] + _CENTURY
+        place = np.searchsorted(days, found).clip(max=len(days) - 1)
+        shown = pixels.valid & (days[place] == found)
+        rgba = np.zeros((*found.shape, 4), np.uint8)
+        rgba[shown, :3] = np.array(self.colours, np.uint8)[place[shown]]
+        rgba[shown, 3] = 255
+        return rgba_png(rgba) if shown.any() else None
+
+
+def date_layer(source: TileSource, style: Path, **given: Any) -> Layer:
+    """The days of a map's images, in the colours of its style for QGIS.
+
+    Raises:
+        OutputError: the style is damaged.
+    """
+    try:
+        entries = [entry.attrib for entry in ET.parse(style).iter("paletteEntry")]  # noqa: S314  a file of the map
+        days = {int(each["value"]): MapClass(low=0, high=1, colour=each["color"], name=each["label"]) for each in entries}
+        colours = tuple(days[day].rgb for day in sorted(days))
+    except (ET.ParseError, KeyError, ValueError) as error:
+        raise OutputError(f"{style} is no style of days; delete it, and the layer of days is left out") from error
+    if not days:
+        raise OutputError(f"{style} names no day; delete it, and the layer of days is left out")
+    lines = [LegendEntry(colour=each.colour, label=each.name) for _, each in sorted(days.items())]
+    step = -(-len(lines) // _LEGEND_LINES)
+    note = None if step == 1 else f"{len(lines)} days; the legend names every {step}th."
+    painter = DatePainter(source=source, days=tuple(sorted(days)), colours=colours)
+    return Layer(
+        id="date", title="Day of the imagery", kind="date", painter=painter, legend=tuple(lines[::step]), note=note, **given
+    )
 
 
 # --- which there are -------------------------------------------------------------------------------------------------------

@@ -21,8 +21,10 @@ from canopy.view.flags import flagged_sheets
 from canopy.view.heights import MapBand, Reference, pixel_at
 from canopy.view.imagery import ImageryPainter
 from canopy.view.layers import (
+    DATE_STYLE,
     Layer,
     Painter,
+    date_layer,
     difference_layer,
     error_layer,
     height_layer,
@@ -118,6 +120,10 @@ class Scene:
         if self._error is not None:
             errors = MapBand(source=self._error, band=1)
             layers.append(error_layer(errors, calibrated=self._is_calibrated, **self._facts([self._error])))
+        style = self.folder.path / DATE_STYLE
+        if self.folder.date is not None and style.is_file():
+            dates = TileSource.of(self.folder.date)
+            layers.append(date_layer(dates, style, **self._facts([dates])))
         return [*layers, hillshade_layer(heights, **own)]
 
     def _imagery(self) -> list[Layer]:
@@ -166,7 +172,7 @@ class Scene:
             for more in wanted:
                 try:
                     more()
-                except CanopyError:  # said again to whoever asks for a tile of it
+                except (CanopyError, OSError):  # said again to whoever asks for a tile of it, if anybody still does
                     continue
 
         if wanted:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, Self
@@ -148,7 +148,9 @@ class TileSource:
         xs, ys = transformer(self.grid.crs, WEB_MERCATOR).transform(*self.grid.xy(cols, rows))
         return float(np.hypot(xs[1:] - xs[0], ys[1:] - ys[0]).min())
 
-    def read(self, pool: RasterPool, target: Grid, bands: tuple[int, ...], *, alpha_is_mask: bool = True) -> Pixels | None:
+    def read(
+        self, pool: RasterPool, target: Grid, bands: tuple[int, ...], *, alpha_is_mask: bool = True, base: int = 0
+    ) -> Pixels | None:
         """The pixels that the pixels of `target`, a grid in web mercator, show; None where the raster has none.
 
         Args:
@@ -156,6 +158,7 @@ class TileSource:
             target: A tile's grid.
             bands: 1-based.
             alpha_is_mask: Whether a band tagged alpha hides pixels.
+            base: Taken off integers, which travel as float32 and are exact up to 16 777 216.
 
         Raises:
             RasterError: the file is damaged or gone.
@@ -181,6 +184,8 @@ class TileSource:
         pixels = pool.get(level.path, overview=level.overview).read(row, col, shape, bands, alpha_is_mask=alpha_is_mask)
         if not pixels.valid.any():
             return None
+        if base:
+            pixels = replace(pixels, data=pixels.data - base)
         return warp(pixels, level.grid.crop(row, col, shape), target, resampling=Resampling.nearest)
 
     def _span(self, bounds: Bounds, axis: int) -> float:

@@ -1,6 +1,7 @@
 """A small finished map with everything that its web map can show, and its server without a network."""
 
 import json
+from datetime import date
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from starlette.testclient import TestClient
 from canopy.mosaicker.quantum import quantise
 from canopy.raster import write_raster
 from canopy.region.folder import RegionFolder
+from canopy.region.styles import date_pipe, qml
 from canopy.score.reference import GivenReference
 from canopy.view.app import create_app
 from canopy.view.scene import Scene
@@ -42,13 +44,14 @@ def made(tmp_path_factory):
     out, height_m = folder / "map", forest()
     write_map(out, height_m, half_width_m=np.linspace(0.5, 20, SHAPE[1], dtype=np.float32)[None].repeat(SHAPE[0], 0))
     days = np.full(SHAPE, 20200618, np.int32)
-    days[:, 200:], days[:20] = 20210702, 0
+    days[:, 200:], days[:20] = 20210703, 0
     write_raster(out / "date.tif", days[None], grid=grid(SHAPE), nodata=0, band_names=["date_yyyymmdd"])
+    (out / "date.qml").write_text(qml(date_pipe([date(2020, 6, 18), date(2021, 7, 3)])))
     rng = np.random.default_rng(1)
     image = rng.integers(300, 3000, (4, *SHAPE)).astype(np.uint16)
     write_raster(folder / "image.tif", image, grid=grid(SHAPE), band_names=["nir", "red", "green", "blue"])
     put(
-        out, imagery={"files": [{"path": str(folder / "image.tif")}], "first_day": "2020-06-18", "last_day": "2021-07-02"},
+        out, imagery={"files": [{"path": str(folder / "image.tif")}], "first_day": "2020-06-18", "last_day": "2021-07-03"},
         models=[{"name": "made", "version": "3"}],
     )  # fmt: skip
     # Upright where the map is, and in feet: 10 m lower in the west, 12 m higher in the east.

@@ -29,21 +29,14 @@ def test_the_page_is_told_what_there_is(client):
     told = client.get("/map.json").json()
     assert told["name"] == "map"
     assert told["model"] == "made 3"
-    assert told["date"] == "2020-06-18 to 2021-07-02"
+    assert told["date"] == "2020-06-18 to 2021-07-03"
     assert (told["gsd_m"], told["crs"], told["calibrated"]) == (0.6, "EPSG:32610", True)
     west, south, east, north = told["bounds_deg"]
     assert west < LON < east
     assert south < LAT < north
     layers = {layer["id"]: layer for layer in told["layers"]}
-    assert list(layers) == ["imagery", "height", "reference", "difference", "error", "hillshade"]
-    assert [layer["kind"] for layer in layers.values()] == [
-        "image",
-        "height",
-        "reference",
-        "difference",
-        "error",
-        "hillshade",
-    ]
+    assert list(layers) == ["imagery", "height", "reference", "difference", "error", "date", "hillshade"]
+    assert [layer["kind"] for layer in layers.values()] == ["image", *list(layers)[1:]]
     assert [name for name, layer in layers.items() if layer["visible"]] == ["height"]
     assert {layer["max_zoom"] for layer in layers.values()} == {18}
     assert all(re.fullmatch("#[0-9a-f]{6}", entry["colour"]) for layer in layers.values() for entry in layer["legend"])

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from canopy.errors import OutputError
 from canopy.metrics import class_index
 from canopy.raster import RasterPool, write_raster
 from canopy.region.folder import RegionFolder
 from canopy.symbology import DIFFERENCE_CLASSES, ERROR_CLASSES, HEIGHT_CLASSES, UNKNOWN_COLOUR
-from canopy.view.layers import hillshade
+from canopy.view.layers import date_layer, hillshade
 from canopy.view.png import palette_png
 from canopy.view.reduced import ReducedLevels
 from canopy.view.scene import UNCALIBRATED, Scene
-from canopy.view.tiles import Tile, TileSource
+from canopy.view.tiles import LON_LAT, WEB_MERCATOR, Tile, TileSource, transformer
 from tests.finished_maps import grid, write_map
 from tests.view.conftest import SHAPE, put, tile_at
 
@@ -84,6 +85,25 @@ def test_shade_is_dark_away_from_the_light(scene):
     hole_m[10, 10] = np.nan
     assert np.isnan(hillshade(hole_m, 1.0)).sum() == 1, "only the unknown pixel has no shade"
     assert np.unique(painted(scene, "hillshade")[..., 3]).tolist() == [0, 255]
+
+
+def test_days_have_the_colours_of_their_style(scene, made):
+    """Numbers of days are larger than what float32 holds exactly, as which pixels are warped."""
+    shown, tile = painted(scene, "date"), TILE
+    entries = scene.layers["date"].legend
+    assert [entry.label for entry in entries] == ["2020-06-18", "2021-07-03"]
+    wanted = {tuple(int(entry.colour[i : i + 2], 16) for i in (1, 3, 5)) for entry in entries}
+    assert {tuple(colour) for colour in shown[shown[..., 3] > 0][:, :3].tolist()} == wanted
+    lon, lat = transformer(WEB_MERCATOR, LON_LAT).transform(*tile.grid().xy(200.5, 128.5))
+    day = scene.point(lon, lat).date
+    assert tuple(shown[128, 200, :3]) == HEIGHT_CLASSES[{"2020-06-18": 0, "2021-07-03": -1}[day]].rgb
+
+
+def test_a_damaged_style_of_days_is_a_line(tmp_path):
+    for text in ("<qgis", "<qgis/>", '<qgis><paletteEntry value="x"/></qgis>'):
+        (tmp_path / "date.qml").write_text(text)
+        with pytest.raises(OutputError, match=r"date\.qml .*; delete it"):
+            date_layer(None, tmp_path / "date.qml", max_zoom=1, version="")
 
 
 def test_bytes_become_a_palette(scene):

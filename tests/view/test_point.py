@@ -33,7 +33,7 @@ def test_a_click_gives_what_rasterio_reads(scene, made):
         assert said.state == ("unknown" if np.isnan(height) else "known")
         assert (said.x, said.y) == pytest.approx((x, y), abs=1e-6)
         day = made.days[said.row, said.col]
-        assert said.date == {0: None, 20200618: "2020-06-18", 20210702: "2021-07-02"}[day]
+        assert said.date == {0: None, 20200618: "2020-06-18", 20210703: "2021-07-03"}[day]
         if said.height_m is not None:
             reference_m = np.float32(made.reference_m[said.row, said.col] / FOOT_M) * FOOT_M
             assert said.reference_m == pytest.approx(reference_m, abs=1e-5)
