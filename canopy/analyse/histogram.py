@@ -19,6 +19,10 @@ _SHARE_TOLERANCE = 1e-9
 """Shares of an area that are this close are the same: they are sums of rounded shares of pixels."""
 
 
+_ROOM = 512
+"""Steps by which a histogram grows beyond a height that it has no room for: 16 m."""
+
+
 class HeightHistogram:
     """Weights, such as areas, by height."""
 
@@ -34,26 +38,30 @@ class HeightHistogram:
         """
         heights, weights = np.ascontiguousarray(height_m).ravel(), np.ascontiguousarray(weight).ravel()
         assert heights.shape == weights.shape, f"{heights.size} heights and {weights.size} weights"
-        least, largest, off = _range(heights, weights)
-        if off:
-            raise RasterError(f"{off} heights are not multiples of 1/{round(1 / QUANTUM_M)} m; make the map with canopy map")
-        if least <= largest:
-            self._reach(least, largest)
-            _fill(heights, weights, self._weights, self._first)
+        done = 0
+        while True:
+            done, quanta, off = _fill(heights, weights, self._weights, self._first, done)
+            if off:
+                raise RasterError(
+                    f"a height of {heights[done]:g} m is no multiple of 1/{round(1 / QUANTUM_M)} m; make the map again"
+                )
+            if done == heights.size:
+                return
+            self._reach(quanta)
 
-    def _reach(self, least: int, largest: int) -> None:
-        if self._weights.size == 0:
-            self._first, self._weights = least, np.zeros(largest - least + 1)
-            return
-        last = self._first + self._weights.size - 1
-        before, after = max(self._first - least, 0), max(largest - last, 0)
-        if before or after:
-            self._weights = np.pad(self._weights, (before, after))
-            self._first -= before
+    def _reach(self, quanta: int) -> None:
+        """Make room for a height, and for those near it."""
+        low, high = quanta - _ROOM, quanta + _ROOM
+        if self._weights.size:
+            low, high = min(low, self._first), max(high, self._first + self._weights.size - 1)
+            self._weights = np.pad(self._weights, (self._first - low, high - (self._first + self._weights.size - 1)))
+        else:
+            self._weights = np.zeros(high - low + 1)
+        self._first = low
 
     @property
     def heights_m(self) -> NDArray[np.float64]:
-        """Every step from the least to the greatest height."""
+        """Steps from below the least to above the greatest height."""
         return (self._first + np.arange(self._weights.size, dtype=np.float64)) * QUANTUM_M
 
     @property
@@ -102,22 +110,18 @@ class HeightHistogram:
 
 
 @njit(nogil=True, cache=True)
-def _range(height_m: NDArray[np.float32], weight: NDArray[np.float32]) -> tuple[int, int, int]:
-    """Least and largest height in quanta, and how many are none."""
-    least, largest, off = 2**62, -(2**62), 0
-    for i in range(height_m.size):
+def _fill(
+    height_m: NDArray[np.float32], weight: NDArray[np.float32], weights: NDArray[np.float64], first: int, start: int
+) -> tuple[int, int, bool]:
+    """Add pixels from `start` on, up to one whose height has no room (its quanta) or is not on the quantum (True)."""
+    for i in range(start, height_m.size):
         if weight[i] == 0 or np.isnan(height_m[i]):
             continue
-        quanta = height_m[i] * np.float32(1 / QUANTUM_M)
-        if not abs(quanta) < 2**23 or quanta != np.rint(quanta):
-            off += 1
-            continue
-        least, largest = min(least, int(quanta)), max(largest, int(quanta))
-    return least, largest, off
-
-
-@njit(nogil=True, cache=True)
-def _fill(height_m: NDArray[np.float32], weight: NDArray[np.float32], weights: NDArray[np.float64], first: int) -> None:
-    for i in range(height_m.size):
-        if weight[i] != 0 and not np.isnan(height_m[i]):
-            weights[int(height_m[i] * np.float32(1 / QUANTUM_M)) - first] += weight[i]
+        scaled = height_m[i] * np.float32(1 / QUANTUM_M)
+        if not abs(scaled) < 2**23 or scaled != np.rint(scaled):
+            return i, 0, True
+        at = int(scaled) - first
+        if at < 0 or at >= weights.size:
+            return i, int(scaled), False
+        weights[at] += weight[i]
+    return height_m.size, 0, False

@@ -127,7 +127,7 @@ class Zone:
     def statistics(self, table: BlockTable | None) -> dict[str, float]:
         """The columns of `COLUMNS`; `table` is that of the map."""
         total, bounded = self.heights.total, self.has_bounds
-        row = {
+        row = dict.fromkeys(COLUMNS, math.nan) | {
             "area_m2": self.area_m2,
             "known_fraction": min(self.known_m2 / self.area_m2, 1.0),
             "mean_m": self.heights.mean_m,
