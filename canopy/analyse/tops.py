@@ -50,8 +50,8 @@ class TopRule:
         if not sound or not 0 < self.most_m <= 100 or not 0 < self.share <= 2 or self.least_height_m == 0:
             raise AnalysisError(
                 f"tree tops by {self.share:g} of crowns of {self.base_m:g} m + {self.per_m:g}/m h², at most "
-                f"{self.most_m:g} m, above {self.least_height_m:g} m: give no negative numbers, a share of 0 to 2, crowns of "
-                f"at most 100 m and a height above 0 m"
+                f"{self.most_m:g} m, above {self.least_height_m:g} m: give no negative numbers, a share of 0 to 2, crowns "
+                f"of at most 100 m and a height above 0 m"
             )
 
     def crown_m(self, height_m: NDArray[np.float32]) -> NDArray[np.float64]:
