@@ -23,7 +23,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from canopy import __version__
-from canopy.errors import CanopyError, ViewError
+from canopy.errors import AnalysisError, CanopyError, ViewError
 from canopy.view.png import EMPTY
 from canopy.view.point import PointValues
 from canopy.view.scene import Scene
@@ -66,7 +66,8 @@ def create_app(scene: Scene, *, allowed_hosts: Sequence[str] = ("*",)) -> FastAP
 
     @app.exception_handler(CanopyError)
     async def failed(_: Request, error: CanopyError) -> JSONResponse:
-        status = 413 if isinstance(error, TooLargeError) else 422 if isinstance(error, ViewError) else 500
+        wrong = isinstance(error, ViewError | AnalysisError)
+        status = 413 if isinstance(error, TooLargeError) else 422 if wrong else 500
         return JSONResponse({"detail": str(error)}, status_code=status)
 
     @app.get("/")

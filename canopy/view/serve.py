@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from canopy.errors import ViewError
 from canopy.raster import keep_blocks
 from canopy.region.folder import RegionFolder
+from canopy.view import maplibre
 from canopy.view.app import create_app
 from canopy.view.scene import Scene
 
@@ -97,6 +98,8 @@ def serve(
     import uvicorn
 
     address = address or Address()
+    if not maplibre.in_place():
+        raise ViewError(f"the page lacks MapLibre GL {maplibre.VERSION}; put it in place once: {maplibre.COMMAND}")
     keep_blocks(CACHE_MB)
     with Scene(
         RegionFolder.open(out), reference=reference, basemap=checked_basemap(basemap), attribution=attribution

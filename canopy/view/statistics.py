@@ -17,8 +17,8 @@ from canopy.view.tiles import LON_LAT, transformer
 MAX_VERTICES: Final = 10_000
 """More than any hand draws."""
 
-MAX_PIXELS: Final = 50_000_000
-"""Pixels of the rectangle around a polygon: some seconds of work."""
+MAX_PIXELS: Final = 25_000_000
+"""Pixels of the rectangle around a polygon: some five seconds of work."""
 
 HISTOGRAM_M: Final = 1.0
 """Width of a class of the histogram."""

@@ -11,7 +11,7 @@ import shapely
 from fastapi import FastAPI, Response
 from starlette.testclient import TestClient
 
-from canopy.errors import RasterError
+from canopy.errors import AnalysisError, RasterError
 from canopy.view import app as server
 from canopy.view.app import MAX_BODY_BYTES, PAGE, create_app
 from canopy.view.serve import Address
@@ -153,6 +153,17 @@ def test_a_damaged_file_is_a_line_and_a_bug_tells_nothing(scene, monkeypatch):
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert "Traceback" not in answer.text
+
+
+def test_a_polygon_that_the_map_cannot_answer_is_a_line(client, monkeypatch):
+    """As one that is valid in degrees, but no longer in the map's CRS."""
+
+    def refuse(*_):
+        raise AnalysisError("the polygon in row 0 is invalid; repair its geometry first")
+
+    monkeypatch.setattr(server, "polygon_statistics", refuse)
+    answer = client.post("/statistics", content=TRIANGLE, headers=JSON)
+    assert (answer.status_code, list(answer.json())) == (422, ["detail"])
 
 
 # --- other files -----------------------------------------------------------------------------------------------------------

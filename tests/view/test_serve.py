@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from canopy.errors import ViewError
-from canopy.view import serve
+from canopy.view import maplibre, serve
 from canopy.view.serve import Address, _listening, _url, checked_basemap
 
 
@@ -79,10 +79,18 @@ def test_a_base_map_is_an_address_of_tiles():
     assert checked_basemap("https://a.org/{z}/{x}/{y}.png") == "https://a.org/{z}/{x}/{y}.png"
 
 
+def test_a_page_without_its_library_is_a_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(serve.maplibre, "in_place", lambda: False)
+    with pytest.raises(ViewError, match=r"lacks MapLibre GL .* put it in place once: python -m canopy\.view\.maplibre"):
+        serve.serve(tmp_path, say=print, warn=print)
+
+
 # --- as a program ----------------------------------------------------------------------------------------------------------
 
 
 def start(*words):
+    if not maplibre.in_place():
+        pytest.skip(f"MapLibre GL is not in place: {maplibre.COMMAND}")
     command = [sys.executable, "-m", "canopy.cli", "view", *map(str, words), "--no-open"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
