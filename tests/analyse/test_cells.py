@@ -9,7 +9,7 @@ from canopy.analyse.cells import Cells
 from canopy.errors import AnalysisError
 from tests.finished_maps import CRS_M, GSD_M, grid, some_heights
 
-SHAPE = (30, 40)
+SHAPE = (25, 30)
 
 
 def overlaps(cells, row, col):
@@ -79,14 +79,14 @@ def test_quantiles_count_areas(cells):
                 ]
                 assert found[k, row, col] == expected[0]
                 whole_pixels += found[k, row, col] != expected[1]
-    assert whole_pixels > 5, "pixels taken whole would do as well, so this test says nothing"
+    assert whole_pixels > 3, "pixels taken whole would do as well, so this test says nothing"
 
 
 def test_cells_of_whole_pixels_are_block_means():
     cells = Cells.over(grid(SHAPE), 3.0)
     counted = np.random.default_rng(2).random(SHAPE) < 0.5
     found = assembled(cells, lambda window: window.shares(under(counted, window, False)))
-    np.testing.assert_allclose(found, counted.reshape(6, 5, 8, 5).mean((1, 3)), atol=1e-12)
+    np.testing.assert_allclose(found, counted.reshape(5, 5, 6, 5).mean((1, 3)), atol=1e-12)
 
 
 @pytest.mark.parametrize("side_m", [1.0, 0, -3, float("nan"), 2000])

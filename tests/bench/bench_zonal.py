@@ -125,10 +125,10 @@ def test_how_often_bounds_hold(tmp_path):
     table = pd.DataFrame(rows, columns=["statistic", "how", "cells", "held", "width", "below", "above"])
     means = table.groupby(["statistic", "how", "cells"]).mean()
     sizes = {count: (SIDE_PX * GSD_M) ** 2 / count for count in CELLS}
-    say(f"{'':24}" + "".join(f"{f'{size:.0f} m²':>26}" for size in sizes.values()))
+    say(f"{'':24}" + "".join(f"{f'{size:.0f} m²':>36}" for size in sizes.values()))
     for (name, how), part in means.groupby(level=[0, 1]):
         line = "".join(
-            f"{f'{r.held:.1%} wide {r.width:.2f} (-{r.below:.0%} +{r.above:.0%})':>26}"
+            f"{f'{r.held:.1%} wide {r.width:.2f} (-{r.below:.0%} +{r.above:.0%})':>36}"
             for r in (part.loc[name, how, count] for count in CELLS)
         )
         say(f"{name:14} {how:9}{line}")
