@@ -374,7 +374,7 @@ def map_(
             "or a manifest made by canopy search."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for height.tif, error.tif and run.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for height.tif, error.tif, a QGIS project and what explains them.")],
     model: Annotated[
         list[str] | None,
         typer.Option(help="Model folder or name, default canopy-sample; may be repeated: their heights are averaged."),
@@ -512,7 +512,7 @@ def _show_map(result: Any, *, as_json: bool) -> None:
 
     run = json.loads(result.run.read_text())
     if as_json:
-        _print_json({"height": str(result.height), "error": str(result.error), "run": run})
+        _print_json({"height": str(result.height), "error": str(result.error), "project": str(result.project), "run": run})
         return
     told = run["imagery"]
     if told["alpha"] != "none":
@@ -523,7 +523,7 @@ def _show_map(result: Any, *, as_json: bool) -> None:
         typer.echo(f"the map is in {run['map']['crs']}, {run['map']['crs_chosen']}; another with --crs")
     took = run["time"]
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took["stages_s"].items())
-    typer.echo(f"{result.height}\n{result.error}\n{result.run}")
+    typer.echo(f"{result.height}\n{result.error}\n{result.run}\n{result.project}")
     typer.echo(f"{took['wall_s']:.1f} s ({stages}); {took['km2_per_h']:.1f} km²/h, bound by {took['bound_by']}")
     if abstained := run["map"]["abstained_px"]:
         typer.echo(

@@ -107,7 +107,7 @@ def demo(
         sheet, title, image=scene.image, truth=scene.height_m, truth_name="known height (m)", height=height.data[0],
         error=error.data[0],
     )  # fmt: skip
-    to_open = [sheet, result.height, result.error]
+    to_open = [sheet, result.project, result.height, result.error]
 
     if samples is not None:
         say("mapping the Autzen photograph (1.4 km²)")

@@ -132,9 +132,11 @@ def refused(done, *words):
 def test_map(canopy, image, tiny_model, tmp_path):
     done = canopy("map", "--imagery", image, "--model", tiny_model, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert [Path(line).name for line in done.stdout.splitlines()[:3]] == ["height.tif", "error.tif", "run.json"]
+    assert [Path(line).name for line in done.stdout.splitlines()[:4]] == [
+        "height.tif", "error.tif", "run.json", "region.qgz",
+    ]  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "README.txt", "area.gpkg", "error.qml", "error.tif", "height.qml", "height.tif", "imagery", "item.json",
+        "README.txt", "area.gpkg", "error.qml", "error.tif", "height.qml", "height.tif", "imagery_vrt", "item.json",
         "region.qgz", "run.json",
     ]  # fmt: skip
     assert "windows" in done.stderr

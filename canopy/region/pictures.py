@@ -1,6 +1,6 @@
 """The images that a map was made of, as layers that open whatever becomes of them: a VRT per CRS over the files.
 
-    imagery/1.vrt, imagery/2.vrt, ...    paths to the images, the preferred on top; bands in the model's order, and alpha
+    imagery_vrt/1.vrt, 2.vrt, ...    paths to the images, the preferred on top; bands in the order of the model, and alpha
 
 A VRT that says what its files are is opened without them: thousands cost nothing until they are drawn, and one that is gone
 leaves its ground empty instead of a layer that cannot be opened.
@@ -26,7 +26,8 @@ from canopy.textfile import write_text
 if TYPE_CHECKING:
     from canopy.region.plan import Plan, Scene
 
-FOLDER: Final = "imagery"
+FOLDER: Final = "imagery_vrt"
+"""Not a name that people give to the folder of their images: what an earlier map left under it is deleted."""
 
 _GDAL_TYPES: Final = {
     "uint8": "Byte", "int8": "Int8", "uint16": "UInt16", "int16": "Int16", "uint32": "UInt32", "int32": "Int32",
@@ -49,7 +50,7 @@ class Picture:
 
 
 def write_pictures(out: Path, plan: Plan, home: Path) -> tuple[Picture, ...]:
-    """Write the VRTs of the local images that touch the map into `out/imagery`.
+    """Write the VRTs of the local images that touch the map into `out/imagery_vrt`.
 
     Args:
         out: Folder to write to.

@@ -37,6 +37,7 @@ from canopy.region.description import describe_map
 from canopy.region.engine import Crew, Engine, Outcome, Told, crew_for, work_alone, work_together
 from canopy.region.folder import DATE, ERROR, HEIGHT, RUN
 from canopy.region.plan import MAX_FILE_PX, SHEET_PX, Plan, manifest_of, plan_region
+from canopy.region.project import PROJECT
 from canopy.region.records import (
     MOVES,
     PLAN,
@@ -88,6 +89,8 @@ class MapResult:
     """Half-width, lower and upper end of the 90 % interval in metres."""
     run: Path
     """What it was made of and how long it took (JSON)."""
+    project: Path
+    """The map as a QGIS project."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -433,6 +436,12 @@ def _refuse_other_work(out: Path, plan: Plan, *, overwrite: bool) -> None:
     others = [path.name for path in out.iterdir() if path.name != WORK]
     if others and not overwrite:
         raise OutputError(f"{out} is not empty (it holds {others[0]}); choose another folder or pass --overwrite")
+    # What a map is about to replace must be what a map left: a README.txt may well be somebody's own.
+    foreign = [] if RUN in others or unfinished(out) is not None else [name for name in others if name in RESULTS]
+    if foreign:
+        raise OutputError(
+            f"{out} holds {foreign[0]} and no {RUN}, so no map left it there; move it away, or choose another folder"
+        )
     for path in (out / WORK).glob(f"*/{PLAN}"):
         if not overwrite:
             _refuse_begun(out, path.parent, plan)
@@ -499,7 +508,7 @@ def _finish_map(work: Work, engine: Engine, desk: _Desk, *, clock: _Clock, progr
 
 def _result(out: Path) -> MapResult:
     height, error = (next(out / name for name in names if (out / name).exists()) for names in (HEIGHT, ERROR))
-    return MapResult(height=height, error=error, run=out / RUN)
+    return MapResult(height=height, error=error, run=out / RUN, project=out / PROJECT)
 
 
 def _todo(work: Work) -> list[int]:

@@ -76,9 +76,9 @@ def content(out):
     }
 
     def whole(hit):
-        return hit[1] + bytes((out / "imagery" / hit[2].decode()).resolve())
+        return hit[1] + bytes((out / "imagery_vrt" / hit[2].decode()).resolve())
 
     return {
-        name: re.sub(rb'(relativeToVRT="1">)([^<]*)', whole, text) if name.startswith("imagery/") else text
+        name: re.sub(rb'(relativeToVRT="1">)([^<]*)', whole, text) if name.startswith("imagery_vrt/") else text
         for name, text in found.items()
     }

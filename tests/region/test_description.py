@@ -18,10 +18,11 @@ from pystac.validation.local_validator import get_local_schema_cache
 from rasterio import Affine
 from referencing import Registry, Resource
 
+from canopy.errors import OutputError
 from canopy.grid import Box, Grid, Lattice
 from canopy.model.calibration import CalibrationTable, MeasuredCoverage
 from canopy.raster import open_raster, read_raster, write_raster
-from canopy.region import item, pictures, readme
+from canopy.region import item, map_region, pictures, readme
 from canopy.region.layers import write_area
 from canopy.region.pictures import write_pictures
 from canopy.region.plan import Scene
@@ -247,18 +248,22 @@ def test_images_are_one_layer_per_crs(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     found = write_pictures(out, planned([scene(tmp_path / f"{n}.tif", g, (3, 2, 1)) for n, g in grids.items()]), out)
-    assert [(each.name, each.bands) for each in found] == [("imagery/1.vrt", 3), ("imagery/2.vrt", 3), ("imagery/3.vrt", 3)]
-    pixels, grid = read_raster(out / "imagery" / "1.vrt")
+    assert [(each.name, each.bands) for each in found] == [
+        ("imagery_vrt/1.vrt", 3),
+        ("imagery_vrt/2.vrt", 3),
+        ("imagery_vrt/3.vrt", 3),
+    ]
+    pixels, grid = read_raster(out / "imagery_vrt" / "1.vrt")
     assert grid.bounds == pytest.approx(LATTICE.grid(Box(-100, 50, -60, 140)).bounds)
     np.testing.assert_array_equal(pixels.data[:, :5, :60], data["fine"][::-1, :5])
     np.testing.assert_array_equal(pixels.data[:, :, 60:], data["below"][::-1, :, 30:])
     np.testing.assert_array_equal(pixels.data[:, 5:10, 40:50], data["below"][::-1, 5:10, 10:20])
     assert pixels.valid.all()
     for name, number in (("feet", 2), ("turned", 3)):
-        pixels, grid = read_raster(out / "imagery" / f"{number}.vrt")
+        pixels, grid = read_raster(out / "imagery_vrt" / f"{number}.vrt")
         np.testing.assert_array_equal(pixels.data, data[name][::-1])
         assert grid.transform.almost_equals(grids[name].transform)
-    assert str(tmp_path) not in (out / "imagery" / "1.vrt").read_text()
+    assert str(tmp_path) not in (out / "imagery_vrt" / "1.vrt").read_text()
 
 
 def test_a_band_that_is_no_mask_hides_nothing(tmp_path):
@@ -267,7 +272,7 @@ def test_a_band_that_is_no_mask_hides_nothing(tmp_path):
     data = np.zeros((3, *grid.shape), np.uint8)
     write_raster(tmp_path / "a.tif", data, grid=grid)
     write_pictures(tmp_path, planned([scene(tmp_path / "a.tif", grid)], alpha="data"), tmp_path)
-    pixels, _ = read_raster(tmp_path / "imagery" / "1.vrt")
+    pixels, _ = read_raster(tmp_path / "imagery_vrt" / "1.vrt")
     assert pixels.valid.all()
 
 
@@ -290,3 +295,16 @@ def test_many_images_are_written_at_once(tmp_path):
     assert len(looked) == 1
     with open_raster(tmp_path / found.name) as raster:
         assert raster.shape == (40, 5000)
+
+
+# --- what is somebody's own ------------------------------------------------------------------------------------------------
+
+
+def test_what_no_map_left_is_not_replaced(image, tiny_model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"out holds README.txt and no run.json, so no map left it there; move it away"):
+        map_region(imagery=image, model=tiny_model, out=out, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["README.txt"]
+    assert (out / "README.txt").read_text() == "mine"
