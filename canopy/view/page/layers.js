@@ -5,12 +5,15 @@ import { make, part } from "./elements.js";
 /**
  * Build the list anew; it is short, and the element in focus keeps the focus.
  * @param {{id: string, title: string, opacity: number, visible: boolean}[]} stack from the top
- * @param {boolean} swiping two layers of it are shown side by side: which, is chosen elsewhere
- * @param {{show: Function, fade: Function, move: Function}} act called with an id and a value
+ * @param {{swiping: boolean, hatched: boolean|null}} how swiping: two layers are shown side by side, and which, is chosen
+ *   elsewhere; hatched: whether flagged sheets are, null where there are none
+ * @param {{show: Function, fade: Function, move: Function, hatch: Function}} act called with an id and a value, `hatch` with a
+ *   value
  */
-export function listLayers(stack, swiping, act) {
+export function listLayers(stack, { swiping, hatched }, act) {
   const focused = document.activeElement?.dataset?.control;
-  part("layers").replaceChildren(...stack.map((one, i) => entry(one, i, stack.length, swiping, act)));
+  const entries = stack.map((one, i) => entry(one, i, stack.length, swiping, act));
+  part("layers").replaceChildren(...(hatched === null ? [] : [hatching(hatched, act)]), ...entries);
   if (focused) {
     const again = part("layers").querySelector(`[data-control="${CSS.escape(focused)}"]`);
     // A button at the end of the list is disabled there: its sibling takes the focus.
@@ -35,6 +38,13 @@ function entry(one, i, count, swiping, act) {
     make("div", { class: "head" }, box, make("label", { for: `show-${one.id}` }, one.title), up, down),
     one.visible ? make("div", { class: "fade" }, slider, shown) : null,
   );
+}
+
+function hatching(hatched, act) {
+  const box = make("input", { type: "checkbox", id: "hatch", "data-control": "hatch" });
+  box.checked = hatched;
+  box.addEventListener("change", () => act.hatch(box.checked));
+  return make("li", {}, make("div", { class: "head" }, box, make("label", { for: "hatch" }, "Hatching of flagged sheets")));
 }
 
 function mover(one, name, where, disabled, act) {

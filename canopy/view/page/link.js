@@ -1,7 +1,7 @@
 // What is shown as the part of the address after #, so that a link leads to the same view.
 //
 //   #view=LON,LAT,ZOOM & layers=ID:PERCENT,-ID:PERCENT (from the top; - is hidden) & swipe=LEFT,RIGHT,PERCENT
-//    & polygon=LON,LAT;LON,LAT;…
+//    & polygon=LON,LAT;LON,LAT;… & hatch=no
 
 const DEGREES = 7; // decimals: a centimetre
 
@@ -28,18 +28,20 @@ export function read(hash, ids) {
     layers: parts.has("layers") ? readLayers(parts.get("layers"), known) : null,
     swipe: readSwipe(parts.get("swipe"), known),
     polygon: readPolygon(parts.get("polygon")),
+    hatched: parts.get("hatch") !== "no",
     strange,
   };
 }
 
 /** The address of what is shown, as `read` takes it. */
-export function write({ view, layers, swipe, polygon }) {
+export function write({ view, layers, swipe, polygon, hatched }) {
   const parts = [
     `view=${view.lon.toFixed(DEGREES)},${view.lat.toFixed(DEGREES)},${view.zoom.toFixed(2)}`,
     `layers=${layers.map((one) => `${one.visible ? "" : "-"}${encodeURIComponent(one.id)}:${Math.round(100 * one.opacity)}`).join(",")}`,
   ];
   if (swipe) parts.push(`swipe=${encodeURIComponent(swipe.left)},${encodeURIComponent(swipe.right)},${Math.round(swipe.at)}`);
   if (polygon) parts.push(`polygon=${polygon.map(([lon, lat]) => `${lon.toFixed(DEGREES)},${lat.toFixed(DEGREES)}`).join(";")}`);
+  if (!hatched) parts.push("hatch=no");
   return `#${parts.join("&")}`;
 }
 

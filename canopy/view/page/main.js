@@ -1,6 +1,7 @@
 // The page of a map: it asks the server what there is, shows it, and keeps what is shown in the address.
 
 import { make, part, row } from "./elements.js";
+import { hasFlagged } from "./flagged.js";
 import { listLayers } from "./layers.js";
 import { legendOf } from "./legend.js";
 import { read, write } from "./link.js";
@@ -32,19 +33,20 @@ function fail(error) {
 }
 
 class Page {
-  constructor(info, [{ createMap, fit, isFlagged, showStack }, { alone, Swipe }, { PolygonTool }, { Place }]) {
+  constructor(info, [{ createMap, fit, showStack }, { alone, Swipe }, { PolygonTool }, { Place }]) {
     this.info = info;
     this.showStack = showStack;
     this.alone = alone;
     this.stack = [...info.layers].reverse().map(({ id, title, opacity, visible }) => ({ id, title, opacity, visible }));
     this.sides = null;
+    this.hatched = true;
     this.describe();
 
     const wanted = read(location.hash, info.layers.map((layer) => layer.id));
     this.reorder(wanted);
     startPanel(() => this.map?.resize());
     this.map = createMap(part("map"), info, { camera: wanted.view, lead: true });
-    this.place = new Place(this.map, info, (point) => isFlagged(this.map, point));
+    this.place = new Place(this.map, info);
     this.swipe = new Swipe(this.map, info, () => this.remember(), (over) => this.watch(over));
     this.polygon = new PolygonTool(this.map, (corners) => this.measure(corners), (on) => part("draw").setAttribute("aria-pressed", String(on)));
     this.fit = () => fit(this.map, info);
@@ -114,8 +116,9 @@ class Page {
   }
 
   /** Show what a link asks for, but for the camera. */
-  restore({ swipe, polygon, strange }) {
+  restore({ swipe, polygon, hatched, strange }) {
     this.sides = swipe;
+    this.hatched = hatched;
     if (this.polygon.drawing) this.polygon.cancel();
     this.polygon.set(polygon);
     this.measure(polygon);
@@ -124,20 +127,25 @@ class Page {
   }
 
   show() {
-    const { sides, stack } = this;
+    const { hatched, sides, stack } = this;
+    const flagged = hasFlagged(this.info.flagged);
     const entry = (id) => this.info.layers.find((layer) => layer.id === id);
-    this.showStack(this.map, sides ? this.alone(stack, sides.left) : stack);
-    this.swipe.show(sides && { left: entry(sides.left), right: entry(sides.right), at: sides.at, stack });
-    listLayers(stack, sides !== null, {
+    this.showStack(this.map, sides ? this.alone(stack, sides.left) : stack, hatched);
+    this.swipe.show(sides && { left: entry(sides.left), right: entry(sides.right), at: sides.at, stack, hatched });
+    listLayers(stack, { swiping: sides !== null, hatched: flagged ? hatched : null }, {
       show: (id, visible) => this.change(id, { visible }),
       fade: (id, opacity) => this.fade(id, opacity),
       move: (id, by) => this.move(id, by),
+      hatch: (on) => {
+        this.hatched = on;
+        this.show();
+      },
     });
     part("swipe").setAttribute("aria-pressed", String(sides !== null));
     part("sides").hidden = sides === null;
     if (sides) this.choose(sides);
     const shown = sides ? [...new Set([sides.left, sides.right])] : stack.filter((one) => one.visible).map((one) => one.id);
-    part("legend").replaceChildren(...legendOf(shown.map(entry), Boolean(this.info.flagged?.features?.length)));
+    part("legend").replaceChildren(...legendOf(shown.map(entry), flagged && hatched));
     this.remember();
   }
 
@@ -184,7 +192,7 @@ class Page {
   }
 
   measure(corners) {
-    showStatistics(corners, () => {
+    showStatistics(corners, this.info.flagged, () => {
       this.polygon.set(null);
       this.measure(null);
       this.map.getCanvas().focus();
@@ -203,7 +211,7 @@ class Page {
     const polygon = this.polygon.finished;
     const swipe = this.sides && { ...this.sides, at: this.swipe.sides?.at ?? this.sides.at };
     if (swipe) this.sides = swipe;
-    history.replaceState(null, "", write({ view: { lon: lng, lat, zoom: this.map.getZoom() }, layers: this.stack, swipe, polygon }));
+    history.replaceState(null, "", write({ view: { lon: lng, lat, zoom: this.map.getZoom() }, layers: this.stack, swipe, polygon, hatched: this.hatched }));
   }
 
   // --- what people do -------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 // One map of MapLibre: the layers of the server as a stack, the sheets for which nothing is promised, and a camera.
 
+import { hasFlagged } from "./flagged.js";
 import { AttributionControl, Map as GlMap, ScaleControl } from "./maplibre-gl.mjs";
 
 const BEYOND_FINEST = 4; // zooms that a pixel may be enlarged by
 const BESIDE_PX = 28; // room around the whole map
-const HATCH_PX = 12;
+const HATCH_PX = 16;
 
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
@@ -60,8 +61,9 @@ export const fit = (map, info) => map.fitBounds(info.bounds_deg, { padding: BESI
 /**
  * Show layers of the stack.
  * @param {{id: string, opacity: number, visible: boolean}[]} stack from the top
+ * @param {boolean} hatched whether to hatch the flagged sheets
  */
-export function showStack(map, stack) {
+export function showStack(map, stack, hatched) {
   let above = map.getLayer("flagged") ? "flagged" : undefined;
   for (const one of stack) {
     map.setLayoutProperty(one.id, "visibility", one.visible ? "visible" : "none");
@@ -69,11 +71,8 @@ export function showStack(map, stack) {
     map.moveLayer(one.id, above);
     above = one.id;
   }
+  for (const id of ["flagged", "flagged-edge"]) if (map.getLayer(id)) map.setLayoutProperty(id, "visibility", hatched ? "visible" : "none");
 }
-
-/** Whether a place on the screen lies in a sheet for which nothing is promised. */
-export const isFlagged = (map, point) =>
-  map.getLayer("flagged") !== undefined && map.queryRenderedFeatures(point, { layers: ["flagged"] }).length > 0;
 
 function styleOf(info) {
   const here = new URL(".", document.baseURI).href; // with its braces, the address of a tile is no URL yet
@@ -104,7 +103,7 @@ function styleOf(info) {
 }
 
 function hatch(map, flagged) {
-  if (!flagged?.features?.length) return;
+  if (!hasFlagged(flagged)) return;
   map.addImage("hatch", stripes(), { pixelRatio: 2 });
   map.addSource("flagged", { type: "geojson", data: flagged });
   map.addLayer({ id: "flagged", type: "fill", source: "flagged", paint: { "fill-pattern": "hatch" } });
@@ -116,7 +115,7 @@ function stripes() {
   const side = 2 * HATCH_PX;
   const canvas = Object.assign(document.createElement("canvas"), { width: side, height: side });
   const pen = canvas.getContext("2d");
-  for (const [colour, shift] of [["rgba(0,0,0,.75)", 0], ["rgba(255,255,255,.9)", 3]]) {
+  for (const [colour, shift] of [["rgba(0,0,0,.6)", 0], ["rgba(255,255,255,.75)", 3]]) {
     pen.strokeStyle = colour;
     pen.lineWidth = 2;
     for (const start of [-side, 0, side]) {

@@ -2,15 +2,15 @@
 
 import { Popup } from "./maplibre-gl.mjs";
 import { make, row } from "./elements.js";
+import { isFlagged } from "./flagged.js";
 import { interval, metres, number, UNKNOWN } from "./numbers.js";
 import { pointAt } from "./server.js";
 
 export class Place {
-  /** @param {object} map MapLibre's; info: the server's map.json; isFlagged: (point) => whether nothing is promised there */
-  constructor(map, info, isFlagged) {
+  /** @param {object} map MapLibre's; info: the server's map.json */
+  constructor(map, info) {
     this.map = map;
     this.info = info;
-    this.isFlagged = isFlagged;
     this.request = null;
     this.popup = null;
   }
@@ -20,7 +20,7 @@ export class Place {
     this.close();
     this.request = new AbortController();
     const { signal } = this.request;
-    const flagged = this.isFlagged(this.map.project(lngLat));
+    const flagged = isFlagged(this.info.flagged, lngLat);
     const content = make("div", { class: "place", role: "status" }, make("p", { class: "soft" }, "Reading …"));
     this.popup = new Popup({ maxWidth: "20rem", focusAfterOpen: false, closeOnClick: false }).setLngLat(lngLat).setDOMContent(content).addTo(this.map);
     try {

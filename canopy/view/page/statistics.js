@@ -1,6 +1,7 @@
 // The numbers of a polygon, each with its interval, and a histogram of its heights.
 
 import { make, part, row } from "./elements.js";
+import { mayBeFlagged } from "./flagged.js";
 import { area, interval, metres, number, percent, percents, UNKNOWN } from "./numbers.js";
 import { statisticsOf } from "./server.js";
 
@@ -26,8 +27,13 @@ const ROWS = [
 
 let request = null;
 
-/** Ask for the statistics of a polygon and show them; null takes them away. */
-export async function showStatistics(corners, clear) {
+/**
+ * Ask for the statistics of a polygon and show them; null takes them away.
+ * @param {number[][]|null} corners in degrees
+ * @param {object|null} flagged as the server tells it
+ * @param {() => void} clear called when the polygon is to go
+ */
+export async function showStatistics(corners, flagged, clear) {
   request?.abort();
   const section = part("statistics");
   section.hidden = corners === null;
@@ -41,7 +47,8 @@ export async function showStatistics(corners, clear) {
   remove.addEventListener("click", clear);
   try {
     const found = await statisticsOf(corners, signal);
-    numbers.replaceChildren(...describe(found), make("div", { class: "row" }, saving(found, corners), remove));
+    const doubt = mayBeFlagged(flagged, corners) ? [make("p", { class: "warning" }, "In or beside a flagged sheet, where the 90\u00a0% is not promised.")] : [];
+    numbers.replaceChildren(...doubt, ...describe(found), make("div", { class: "row" }, saving(found, corners), remove));
   } catch (error) {
     if (error.name === "AbortError") return;
     numbers.replaceChildren(make("p", { class: "error" }, error.message), make("div", { class: "row" }, remove));

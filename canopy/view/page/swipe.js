@@ -28,7 +28,8 @@ export class Swipe {
 
   /**
    * Show two layers, or end it.
-   * @param {{left: object, right: object, at: number, stack: object[]}|null} sides the layers by their map.json entries
+   * @param {{left: object, right: object, at: number, stack: object[], hatched: boolean}|null} sides the layers by their
+   *   entries in map.json
    */
   show(sides) {
     for (const name of ["over", "divider", "left-name", "right-name"]) part(name).hidden = sides === null;
@@ -59,7 +60,7 @@ export class Swipe {
   }
 
   #right() {
-    if (this.ready) showStack(this.over, alone(this.sides.stack, this.sides.right.id));
+    if (this.ready) showStack(this.over, alone(this.sides.stack, this.sides.right.id), this.sides.hatched);
   }
 
   #place(at) {
