@@ -17,8 +17,9 @@ up for it: in a tail that is no thicker than m. So the upper bound of the 95th p
 What is promised: of means, what the table promises (measured on other ground). Of the rest, nothing by theory beyond the
 inequality above; how often the bounds hold is measured (tests/bench/bench_zonal.py). On simulated sites whose pixels'
 intervals hold 90 % of the pixels, they hold the cover, the gaps and the median in 93 to 97 % of polygons of 0.01 ha and in
-99 to 100 % of those of 1.3 ha, and the 95th percentile in 89 and 100 %: they are wide. To move the whole surface by the error
-of its mean instead is narrower, and wrong: it holds the cover above 2 m in 68 and 37 %, the 95th percentile in 50 and 43 %.
+99 to 100 % of those of 1.3 ha, and the 95th percentile in 89 and 100 %: they are wide. To move the whole surface by the
+error of its mean instead is narrower, and wrong: it holds the cover above 2 m in 68 and 37 % and the 95th percentile in 50
+and 43 %.
 """
 
 from __future__ import annotations
