@@ -360,6 +360,27 @@ def test_what_is_not_promised_is_hatched_and_said(look, tmp_path):
     page.mouse.click(*aside)
     told(page)
     assert page.locator(".place .warning").count() == 1
+    page.keyboard.press("Escape")
+    # Switched off it is still said.
+    page.get_by_label("Hatching of flagged sheets").uncheck()
+    settle(page)
+    assert (
+        picture(page, tmp_path / "off.png")[y - 10 : y + 10, x - 10 : x + 10] == plain[y - 10 : y + 10, x - 10 : x + 10]
+    ).all()
+    page.mouse.click(x, y)
+    told(page)
+    assert page.locator(".place .warning").count() == 2
+    assert page.url.endswith("&hatch=no")
+    page.evaluate("(hash) => { location.hash = hash }", f"{WHOLE}&polygon={polygon((2.1, 2.1), (2.1, 3), (3, 2.5))}")
+    page.wait_for_selector("#statistics .warning:has-text('flagged')")
+    page.evaluate("(hash) => { location.hash = hash }", f"{WHOLE}&polygon={polygon((6.1, 6.1), (6.1, 7), (7, 6.5))}")
+    page.wait_for_selector("#statistics figure")
+    assert page.locator("#statistics .warning").count() == 0
+
+
+def polygon(*squares: tuple[float, float]) -> str:
+    """As a link has it, from corners counted in squares."""
+    return ";".join("{},{}".format(*place(SQUARE_PX * row, SQUARE_PX * col)) for row, col in squares)
 
 
 def flagged_and_uncalibrated(page) -> None:
@@ -730,6 +751,8 @@ def test_on_paper_the_map_is_a_picture(look, tmp_path):
     assert {each.rgb for each in ERROR_CLASSES} & seen
     assert page.locator("#legend li").first.is_visible()
     assert page.locator("#tools").is_hidden()
+    tops = [page.locator(part).bounding_box()["y"] for part in ("#name", "#printed", "#legend")]
+    assert tops == sorted(tops)
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("#printed").count() == 0
 
