@@ -5,13 +5,16 @@ area.gpkg     what was asked for, in the map's CRS; for a map without an area of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from pyproj import Transformer
+from affine import Affine
+from pyproj import CRS, Transformer
 
 from canopy.errors import OutputError
+from canopy.grid import Grid, Lattice
 from canopy.raster import delete
 from canopy.tiler.imagery import edges
 
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
     import geopandas
     from shapely.geometry.base import BaseGeometry
 
-    from canopy.grid import Lattice
     from canopy.region.plan import Plan, Scene
 
 AREA: Final = "area.gpkg"
@@ -77,17 +79,22 @@ def _asked_for(plan: Plan) -> tuple[list[str], list[BaseGeometry]]:
     scenes = plan.imagery.scenes
     if not scenes:
         return ["the whole imagery"], [whole]
-    return ["the whole imagery"], [
-        shapely.union_all([_outline(scene, plan.lattice) for scene in scenes]).intersection(whole)
-    ]
+    return ["the whole imagery"], [shapely.union_all(_outlines(scenes, plan.lattice)).intersection(whole)]
 
 
-def _outline(scene: Scene, lattice: Lattice) -> BaseGeometry:
-    """The edge of an image in the lattice's CRS."""
+def _outlines(scenes: Sequence[Scene], lattice: Lattice) -> list[BaseGeometry]:
+    """The edges of images in the lattice's CRS; a CRS takes longer to look up than a thousand edges."""
     import shapely
 
-    grid = scene.grid
-    to_lattice = Transformer.from_crs(grid.crs, lattice.crs, always_xy=True)
-    xs, ys = to_lattice.transform(*edges(grid, _EDGE_STEPS))
-    top, bottom, left, right = np.stack([xs, ys], axis=-1).reshape(4, _EDGE_STEPS, 2)
-    return shapely.Polygon(np.concatenate([top, right, bottom[::-1], left[::-1]]))
+    crss = {name: CRS.from_user_input(name) for name in {scene.crs for scene in scenes}}
+    ways = {name: Transformer.from_crs(crs, lattice.crs, always_xy=True) for name, crs in crss.items()}
+    straight = {name for name, crs in crss.items() if crs == lattice.crs}
+    found = []
+    for scene in scenes:
+        grid = Grid(crs=crss[scene.crs], transform=Affine(*scene.transform), shape=scene.shape)
+        # In its own CRS an edge is straight.
+        steps = 2 if scene.crs in straight else _EDGE_STEPS
+        xs, ys = ways[scene.crs].transform(*edges(grid, steps))
+        top, bottom, left, right = np.stack([xs, ys], axis=-1).reshape(4, steps, 2)
+        found.append(shapely.Polygon(np.concatenate([top, right, bottom[::-1], left[::-1]])))
+    return found

@@ -9,11 +9,11 @@ leaves its ground empty instead of a layer that cannot be opened.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
-from xml.etree import ElementTree as ET
+from xml.sax.saxutils import escape
 
 import numpy as np
 from affine import Affine
@@ -85,53 +85,49 @@ def write_pictures(out: Path, plan: Plan, home: Path) -> tuple[Picture, ...]:
     return tuple(pictures)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Placed:
-    """An image on the pixels of a mosaic."""
-
-    scene: Scene
-    name: str
-    """Path, relative to the VRT where there is such a path."""
-    relative: bool
-    place: dict[str, str]
-    """The destination's rectangle in a VRT."""
-
-
 def _vrt(scenes: Sequence[Scene], dtype: str, beside: Path, *, masked: bool) -> str:
-    """The XML of a mosaic of upright images of one CRS, or of a single image."""
+    """The XML of a mosaic of upright images of one CRS, or of a single image.
+
+    Written as text: of ten thousand images a tree of elements takes seconds.
+    """
     crs = CRS.from_user_input(scenes[0].crs)
     grids = [Grid(crs=crs, transform=Affine(*scene.transform), shape=scene.shape) for scene in scenes]
-    whole = _whole(grids)
-    # The preferred one last, and on top.
-    placed = [_placed(scene, grid, whole, beside) for scene, grid in zip(scenes, grids, strict=True)][::-1]
+    whole, count, gdal_type = _whole(grids), len(scenes[0].bands), _GDAL_TYPES[dtype]
     rows, cols = whole.shape
-    root = ET.Element("VRTDataset", rasterXSize=str(cols), rasterYSize=str(rows))
-    ET.SubElement(root, "SRS").text = crs.to_wkt()
     a, b, c, d, e, f = tuple(whole.transform)[:6]
-    ET.SubElement(root, "GeoTransform").text = ", ".join(repr(float(v)) for v in (c, a, b, f, d, e))
-    count = len(scenes[0].bands)
+    # The preferred image last, and on top.
+    placed = [*zip(scenes, _files(scenes, beside), _places(grids, whole), strict=True)][::-1]
+
+    def sources(band_of: Callable[[Scene], str], kind: str, more: str) -> Iterator[str]:
+        for scene, file, place in placed:
+            size = f'xSize="{scene.shape[1]}" ySize="{scene.shape[0]}"'
+            raster = f'RasterXSize="{scene.shape[1]}" RasterYSize="{scene.shape[0]}"'
+            yield (
+                f"<ComplexSource>{file}<SourceBand>{band_of(scene)}</SourceBand>"
+                f'<SourceProperties {raster} DataType="{kind}" BlockXSize="256" BlockYSize="256"/>'
+                f'<SrcRect xOff="0" yOff="0" {size}/>{place}{more}</ComplexSource>'
+            )
+
+    masking = "<UseMaskBand>true</UseMaskBand>" if masked else ""
+    lines = [
+        f'<VRTDataset rasterXSize="{cols}" rasterYSize="{rows}">',
+        f"<SRS>{escape(crs.to_wkt())}</SRS>",
+        f"<GeoTransform>{', '.join(repr(float(v)) for v in (c, a, b, f, d, e))}</GeoTransform>",
+    ]
     for index in range(count):
-        band = ET.SubElement(root, "VRTRasterBand", dataType=_GDAL_TYPES[dtype], band=str(index + 1))
+        lines.append(f'<VRTRasterBand dataType="{gdal_type}" band="{index + 1}">')
         if index < len(_COLOURS) <= count:
-            ET.SubElement(band, "ColorInterp").text = _COLOURS[index]
-        for each in placed:
-            source = _add_source(band, each, str(each.scene.bands[index]), dtype)
-            if masked:
-                ET.SubElement(source, "UseMaskBand").text = "true"
+            lines.append(f"<ColorInterp>{_COLOURS[index]}</ColorInterp>")
+        lines += sources(lambda scene, index=index: str(scene.bands[index]), gdal_type, masking)  # type: ignore[misc]
+        lines.append("</VRTRasterBand>")
     # A band of its own: not every program shows the mask of a VRT.
-    mask = ET.SubElement(root, "VRTRasterBand", dataType="Byte", band=str(count + 1))
-    ET.SubElement(mask, "ColorInterp").text = "Alpha"
-    for each in placed:
-        first = each.scene.bands[0]
-        if masked:
-            source = _add_source(mask, each, f"mask,{first}", "uint8")
-            ET.SubElement(source, "UseMaskBand").text = "true"
-        else:  # what is tagged alpha is one more band of data: all of the image is there
-            source = _add_source(mask, each, str(first), dtype)
-            ET.SubElement(source, "ScaleOffset").text = "255"
-            ET.SubElement(source, "ScaleRatio").text = "0"
-    ET.indent(root)
-    return ET.tostring(root, encoding="unicode") + "\n"
+    lines += [f'<VRTRasterBand dataType="Byte" band="{count + 1}">', "<ColorInterp>Alpha</ColorInterp>"]
+    if masked:
+        lines += sources(lambda scene: f"mask,{scene.bands[0]}", "Byte", masking)
+    else:  # what is tagged alpha is one more band of data: all of the image is there
+        all_of_it = "<ScaleOffset>255</ScaleOffset><ScaleRatio>0</ScaleRatio>"
+        lines += sources(lambda scene: str(scene.bands[0]), gdal_type, all_of_it)
+    return "\n".join([*lines, "</VRTRasterBand>", "</VRTDataset>", ""])
 
 
 def _whole(grids: Sequence[Grid]) -> Grid:
@@ -145,29 +141,25 @@ def _whole(grids: Sequence[Grid]) -> Grid:
     return Grid(crs=grids[0].crs, transform=Affine(width, 0, left, 0, -height, top), shape=shape)
 
 
-def _placed(scene: Scene, grid: Grid, whole: Grid, beside: Path) -> _Placed:
-    rows, cols = scene.shape
-    # Through both corners: a turned image is alone on its own grid, where they are its own.
-    (x0, x1), (y0, y1) = whole.pixel(*grid.xy(np.array([0.0, cols]), np.array([0.0, rows])))
-    place = {"xOff": x0, "yOff": y0, "xSize": x1 - x0, "ySize": y1 - y0}
-    try:
-        name, relative = Path(os.path.relpath(Path(scene.name).resolve(), beside)).as_posix(), True
-    except ValueError:  # on another drive of Windows
-        name, relative = scene.name, False
-    return _Placed(
-        scene=scene, name=name, relative=relative, place={key: f"{round(value, 6):.10g}" for key, value in place.items()}
-    )
+def _files(scenes: Sequence[Scene], beside: Path) -> Iterator[str]:
+    """The path of each image as XML, relative to the VRT where there is such a path."""
+    folders: dict[Path, tuple[str, bool]] = {}
+    for path in (Path(scene.name) for scene in scenes):
+        if path.parent not in folders:
+            try:
+                folders[path.parent] = Path(os.path.relpath(path.parent.resolve(), beside)).as_posix(), True
+            except ValueError:  # on another drive of Windows
+                folders[path.parent] = path.parent.as_posix(), False
+        folder, relative = folders[path.parent]
+        yield f'<SourceFilename relativeToVRT="{relative:d}">{escape(f"{folder}/{path.name}")}</SourceFilename>'
 
 
-def _add_source(band: ET.Element, placed: _Placed, source_band: str, dtype: str) -> ET.Element:
-    rows, cols = placed.scene.shape
-    source = ET.SubElement(band, "ComplexSource")
-    ET.SubElement(source, "SourceFilename", relativeToVRT="1" if placed.relative else "0").text = placed.name
-    ET.SubElement(source, "SourceBand").text = source_band
-    ET.SubElement(
-        source, "SourceProperties", RasterXSize=str(cols), RasterYSize=str(rows), DataType=_GDAL_TYPES[dtype],
-        BlockXSize="256", BlockYSize="256",
-    )  # fmt: skip
-    ET.SubElement(source, "SrcRect", xOff="0", yOff="0", xSize=str(cols), ySize=str(rows))
-    ET.SubElement(source, "DstRect", placed.place)
-    return source
+def _places(grids: Sequence[Grid], whole: Grid) -> Iterator[str]:
+    """Where each image lies in the mosaic, as XML."""
+    for grid in grids:
+        rows, cols = grid.shape
+        # Through both corners: a turned image is alone on its own grid, where they are its own.
+        x0, y0 = whole.pixel(*grid.xy(0.0, 0.0))
+        x1, y1 = whole.pixel(*grid.xy(float(cols), float(rows)))
+        sides = (("xOff", x0), ("yOff", y0), ("xSize", x1 - x0), ("ySize", y1 - y0))
+        yield "<DstRect " + " ".join(f'{key}="{round(side, 6):.10g}"' for key, side in sides) + "/>"

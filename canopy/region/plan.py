@@ -21,7 +21,7 @@ from pyproj import CRS, Transformer
 
 from canopy import __version__
 from canopy.errors import AreaError, ContractError, GridError, OutputError
-from canopy.grid import Box, Grid, Lattice, Layout, sheets_over, utm_crs
+from canopy.grid import Box, Lattice, Layout, sheets_over, utm_crs
 from canopy.model.shift import FLAG_SHARE
 from canopy.model.squares import SQUARE_PX
 from canopy.model.tables import Calibrated
@@ -101,11 +101,6 @@ class Scene(Value):
     """(rows, columns)."""
     bands: tuple[int, ...] = ()
     """The bands of a local image that the model sees, from 1."""
-
-    @property
-    def grid(self) -> Grid:
-        """Where its pixels are."""
-        return Grid(crs=CRS.from_user_input(self.crs), transform=Affine(*self.transform), shape=self.shape)
 
 
 class PlannedImagery(Value):
