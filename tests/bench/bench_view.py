@@ -81,12 +81,12 @@ def tiles_of(source, seed):
     return [found[i] for i in rng.permutation(TILES)]
 
 
-def milliseconds(read, tiles):
+def milliseconds(read, tiles, clock=time.perf_counter):
     taken = []
     for tile in tiles:
-        start = time.perf_counter()
+        start = clock()
         read(tile)
-        taken.append(1000 * (time.perf_counter() - start))
+        taken.append(1000 * (clock() - start))
     return np.array(taken)
 
 
@@ -96,7 +96,7 @@ def in_words(ms):
 
 @pytest.mark.bench
 def test_reading_over_rio_tiler(out):
-    """The same tiles in one thread, turn by turn. Ours with and without colours and PNG; theirs is the bare read."""
+    """The same tiles in processor time of one thread. Ours with and without colours and PNG; theirs is the bare read."""
     source = TileSource.of(out / "height.tif")
     painter = ClassPainter(values=MapBand(source=source, band=1), classes=HEIGHT_CLASSES)
 
@@ -114,7 +114,7 @@ def test_reading_over_rio_tiler(out):
         for way in ways.values():
             way(tiles_of(source, 0)[0])  # imports, and the first look at the file
         tiles = [tile for seed in (1, 2) for tile in tiles_of(source, seed)]
-        taken = {name: milliseconds(way, tiles) for name, way in ways.items()}
+        taken = {name: milliseconds(way, tiles, time.thread_time) for name, way in ways.items()}
     for name, ms in taken.items():
         say(f"{name}: {in_words(ms)}")
     ratio = np.median(taken["our read"] / taken["rio-tiler's read"])
