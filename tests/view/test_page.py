@@ -736,8 +736,8 @@ def test_a_phone(look, tmp_path):
 def test_on_paper_the_map_is_a_picture(look, tmp_path):
     page = look(f"#{WHOLE}&layers=height:100&swipe=height,error,50")
     settle(page)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")  # as browsers do: before the look for paper is in force
     page.emulate_media(media="print", color_scheme="light")
-    page.evaluate("dispatchEvent(new Event('beforeprint'))")
     page.evaluate("document.querySelector('#printed').decode()")
     page.screenshot(path=tmp_path / "print.png", full_page=True)
     page.locator("#printed").screenshot(path=tmp_path / "printed.png")

@@ -36,5 +36,22 @@ function picture([map, over]) {
     pen.lineWidth = Number.parseFloat(strokeWidth);
     pen.stroke();
   }
+  drawScale(pen, map.getContainer());
   return canvas;
+}
+
+/** The scale bar as it stands on the screen, in the lower left corner. */
+function drawScale(pen, container) {
+  const bar = container.querySelector(".maplibregl-ctrl-scale");
+  if (!bar) return;
+  const [left, bottom, width] = [12, container.clientHeight - 12, bar.clientWidth];
+  pen.fillStyle = "rgb(255 255 255 / 85%)";
+  pen.fillRect(left, bottom - 18, width, 18);
+  pen.strokeStyle = pen.fillStyle = "#1b1f23";
+  pen.lineWidth = 2;
+  pen.beginPath();
+  for (const [x, y] of [[0, -18], [0, 0], [width, 0], [width, -18]]) pen.lineTo(left + x, bottom + y);
+  pen.stroke();
+  pen.font = "12px system-ui, sans-serif";
+  pen.fillText(bar.textContent, left + 6, bottom - 5);
 }
