@@ -163,7 +163,8 @@ def _listening(address: Address) -> socket.socket:
             raise ViewError(
                 f"--host {address.host!r} is not known ({error.strerror}); give for example {LOOPBACK}"
             ) from error
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # Named as TCP: asyncio sends what it has at once (TCP_NODELAY) only then, else each answer waits 40 ms for its end.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         if os.name == "posix":  # elsewhere it would let two servers have one port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
