@@ -7,12 +7,15 @@ import os
 import socket
 import sys
 import threading
+import warnings
 import webbrowser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
+
+from rasterio.errors import NotGeoreferencedWarning
 
 from canopy.errors import ViewError
 from canopy.raster import keep_blocks
@@ -101,6 +104,8 @@ def serve(
     if not maplibre.in_place():
         raise ViewError(f"the page lacks MapLibre GL {maplibre.VERSION}; put it in place once: {maplibre.COMMAND}")
     keep_blocks(CACHE_MB)
+    # rasterio silences this about its own work arrays, but Python's filters belong to all threads, and one lifts another's.
+    warnings.simplefilter("ignore", NotGeoreferencedWarning)
     with Scene(
         RegionFolder.open(out), reference=reference, basemap=checked_basemap(basemap), attribution=attribution
     ) as scene:
