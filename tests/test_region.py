@@ -350,6 +350,25 @@ def test_a_manifest_gives_the_map_of_its_files(found_scenes, bare, tiny_model, t
     assert [file["item"] for file in record["files"]] == [f"parts/{item.id}" for item in found_scenes.items]
 
 
+def test_scenes_of_two_days_give_each_pixel_its_own(found_scenes, tiny_model, tmp_path):
+    items = [item.model_copy(update={"day": 18_387 + number % 2}) for number, item in enumerate(found_scenes.items)]
+    result = map_region(
+        imagery=Manifest(source=found_scenes.source, search=found_scenes.search, items=items), model=tiny_model,
+        out=tmp_path / "out",
+    )  # fmt: skip
+    found, grid = read_raster(tmp_path / "out" / "date.tif")
+    for item in items:
+        row, col = LATTICE.box_of(item.assets["image"].grid).row0, LATTICE.box_of(item.assets["image"].grid).col0
+        part = (slice(row - BOX.row0, None), slice(col - BOX.col0, None))
+        assert found.data[0][part][0, 0] == (20200505 if item.day == 18_387 else 20200506)
+    assert grid.shape == (90, 100)
+    record = json.loads(result.run.read_text())["imagery"]
+    assert (record["first_day"], record["last_day"], record["undated"]) == ("2020-05-05", "2020-05-06", False)
+    assert (record["licence"], record["attribution"]) == ("none", "nobody")
+    assert "none (nobody)" in (tmp_path / "out" / "README.txt").read_text(encoding="utf-8")
+    assert not (tmp_path / "out" / "imagery_vrt").exists(), "there is no file to show"
+
+
 def test_bands_are_taken_by_the_names_of_the_contract(image, tiny_model, whole, tmp_path):
     pixels, grid = read_raster(image)
     write_raster(

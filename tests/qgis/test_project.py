@@ -200,6 +200,23 @@ def test_imagery_is_drawn_as_it_is(qgis, calibrated, photos, tmp_path):
         assert unlike(found[:, cols], wanted) < 1e-3
 
 
+def test_values_that_are_no_colours_are_stretched(qgis, tmp_path):
+    """Reflectances in whole numbers, of which a screen would show the lowest 255; one band, and three."""
+    grid = LATTICE.grid(Box(0, 0, 40, 60))
+    rng = np.random.default_rng(3)
+    for bands in (1, 3):
+        data = np.concatenate([rng.integers(500, 3000, (bands, *grid.shape)), np.full((1, *grid.shape), 255)])
+        write_raster(tmp_path / f"{bands}.tif", data.astype(np.uint16), grid=grid)
+        (tmp_path / f"{bands}.qml").write_text(styles.qml(styles.image_pipe(bands, stretched=True)), encoding="utf-8")
+    paths = [str(tmp_path / f"{bands}.tif") for bands in (1, 3)]
+    qgis(rasters=paths, pictures=[drawn([path], grid, f"{path}.png") for path in paths])
+    grey, colours = (picture(f"{path}.png").astype(int) for path in paths)
+    assert (grey == grey[..., :1]).all()
+    for found in (grey, colours):
+        assert np.percentile(found, 5) < 40
+        assert np.percentile(found, 95) > 215
+
+
 def test_a_style_beside_a_raster_is_found_by_its_name(qgis, tmp_path):
     """Every value that a height can have up to 45 m, edges of classes among them; another style gives another picture."""
     values = (np.arange(45 * 32, dtype=np.float32) / 32).reshape(32, 45)

@@ -31,6 +31,25 @@ def test_a_folder_and_its_heights_are_the_same_map(folder, name):
     assert found.images == ()
 
 
+@pytest.mark.parametrize(
+    ("told", "days"),
+    [
+        ({"first_day": "2021-07-14", "last_day": "2021-07-14", "undated": False}, "2021-07-14"),
+        ({"first_day": "2019-07-01", "last_day": "2021-07-14", "undated": False}, "2019-07-01 to 2021-07-14"),
+        ({"first_day": "2019-07-01", "last_day": "2021-07-14", "undated": True}, None),
+        ({"first_day": None, "last_day": None, "undated": True}, None),
+        ({}, None),
+    ],
+)
+def test_days_are_known_of_every_pixel_or_not_at_all(folder, told, days):
+    (folder / "run.json").write_text(json.dumps({"intervals": None, "imagery": told}))
+    found = RegionFolder.open(folder)
+    assert found.days == days
+    assert found.date is None
+    (folder / "date.vrt").touch()
+    assert RegionFolder.open(folder).date == folder / "date.vrt"
+
+
 def test_other_things_are_no_map(folder, tmp_path):
     assert RegionFolder.find(folder / "run.json") is None
     (empty := tmp_path / "empty").mkdir()
