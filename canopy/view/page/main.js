@@ -48,7 +48,7 @@ class Page {
     this.map = createMap(part("map"), info, { camera: wanted.view, lead: true });
     this.place = new Place(this.map, info);
     this.swipe = new Swipe(this.map, info, () => this.remember(), (over) => this.watch(over));
-    this.polygon = new PolygonTool(this.map, (corners) => this.measure(corners), (on) => part("draw").setAttribute("aria-pressed", String(on)));
+    this.polygon = new PolygonTool(this.map, (corners) => this.measure(corners, true), (on) => part("draw").setAttribute("aria-pressed", String(on)));
     this.fit = () => fit(this.map, info);
     this.watch(this.map);
     this.map.on("load", () => {
@@ -78,7 +78,7 @@ class Page {
       row("Imagery of", info.date ?? UNKNOWN),
       row("Model", info.model ?? UNKNOWN),
       row("Intervals", info.calibration || (info.calibrated ? "calibrated" : "uncalibrated")),
-      ...(info.coverage === null || info.coverage === undefined ? [] : [row("Held in tests", percent(info.coverage))]),
+      ...(info.coverage === null || info.coverage === undefined ? [] : [row("Held in tests", `${percent(info.coverage)} of true heights`)]),
       row("Pixel", `${number(info.gsd_m, 3).replace(/\.?0+$/, "")}\u00a0m`),
       row("CRS", info.crs),
     );
@@ -151,7 +151,7 @@ class Page {
 
   choose(sides) {
     for (const side of ["left", "right"]) {
-      part(side).replaceChildren(...this.info.layers.map(({ id, title }) => make("option", { value: id, selected: id === sides[side] }, title)));
+      part(side).replaceChildren(...this.stack.map(({ id, title }) => make("option", { value: id, selected: id === sides[side] }, title)));
     }
   }
 
@@ -191,13 +191,14 @@ class Page {
     return { left: all[0], right: all[1] ?? all[0], at: 50 };
   }
 
-  measure(corners) {
+  /** Ask for the statistics of a polygon; `open` when somebody waits for them. */
+  measure(corners, open = false) {
     showStatistics(corners, this.info.flagged, () => {
       this.polygon.set(null);
       this.measure(null);
       this.map.getCanvas().focus();
     });
-    if (corners && this.map.loaded()) {
+    if (corners && open) {
       openPanel(true);
       part("statistics").scrollIntoView({ block: "start" });
     }

@@ -36,6 +36,7 @@ export function createMap(container, info, { camera, lead }) {
     pitchWithRotate: false,
     attributionControl: false,
     interactive: lead,
+    fadeDuration: 0,
     locale: { "Map.Title": `Map of ${info.name}: arrow keys move it, Enter tells the height at its middle, ? lists all keys` },
   });
   if (lead) {
