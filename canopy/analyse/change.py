@@ -175,7 +175,9 @@ class ChangeSummary(_Value):
                 f"mean change {mean.mean_m:+.2f} m{years}, 90 % interval {mean.lower_90_m:+.2f} to {mean.upper_90_m:+.2f} m"
             )
         yield f"errors combined by {self.rule}: {self.assumption}; changes smaller than the errors are not detected"
-        if self.stable is not None:
+        if self.stable is None:
+            yield "what the maps get wrong alike cancels: polygons of ground that did not change (--stable) say how much"
+        else:
             yield self.stable.text
         if self.resampled is not None:
             yield f"resampled: {self.resampled}"

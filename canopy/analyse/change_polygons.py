@@ -6,9 +6,10 @@ smaller than the smallest square that was measured have at least the mean of the
 table, as for rasters with a stated error, the pixels count as if they all erred together: a mean cannot be more wrong.
 
 A polygon is where it is because its pixels looked changed: of many places those are picked that err most. So its interval
-reaches at least as far as the mean of its pixels' own. That makes up for most of it, not for all: of the simulated fellings
-of tests/bench/bench_change.py it holds the true mean change of four polygons in five. Where `change_to_error`, the mean
-change in units of how far its interval reaches towards 0 m, is above 1 the interval excludes 0 m. It is no probability.
+reaches at least as far as the mean of its pixels' own. That makes up for most of it, not for all: of the polygons of
+tests/bench/bench_change.py it holds the true mean change of 82 to 88 %, of those that are true losses 94 % and more. Where
+`change_to_error`, the mean change in units of how far its interval reaches towards 0 m, is above 1 the interval excludes
+0 m; of false polygons that is so for a fifth, of true losses for two thirds and more. It is no probability.
 """
 
 from __future__ import annotations

@@ -87,7 +87,9 @@ def measure_stable(
         known = np.isfinite(change)
         change, down, up = change[known], down[known], up[known]
         pixels, total_m = pixels + len(change), total_m + float(change.sum())
-        for side, score in enumerate((change / down, -change / up)):
+        for side, (beyond, reach) in enumerate(((change, down), (-change, up))):
+            with np.errstate(divide="ignore", invalid="ignore"):  # an interval may end at its height, and so may a change
+                score = np.where(beyond > 0, beyond / reach, 0.0)
             steps = np.ceil(np.clip(score, 0, _HIGHEST + 1) * _STEPS).astype(np.int64)
             counts[side] += np.bincount(np.minimum(steps, counts.shape[1] - 1), minlength=counts.shape[1])
     if pixels < LEAST_PX:
