@@ -8,6 +8,7 @@ load anything from elsewhere but the tiles of the base map that the user named.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -41,8 +42,9 @@ TYPES: Final = {
 MAX_BODY_BYTES: Final = 1_000_000
 """A polygon of `MAX_VERTICES` corners takes half of it."""
 
-READERS: Final = 8
-"""Tiles that are read at the same time: the others of a page wait for them, and the memory stays small."""
+READERS: Final = max(2, min(8, os.cpu_count() or 2))
+"""Tiles of a layer that are read at the same time: more would only wait for each other. Each layer has its own, so that one
+whose overviews are being made holds up no other."""
 
 
 def create_app(scene: Scene, *, allowed_hosts: Sequence[str] = ("*",)) -> FastAPI:
@@ -57,7 +59,8 @@ def create_app(scene: Scene, *, allowed_hosts: Sequence[str] = ("*",)) -> FastAP
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False)
     app.add_middleware(_Guard, headers=_headers(scene.basemap))
     assets = {path.name: path for path in sorted(PAGE.rglob("*")) if path.suffix in TYPES and path.is_file()}
-    reading, counting = anyio.CapacityLimiter(READERS), anyio.CapacityLimiter(1)
+    readers = {name: anyio.CapacityLimiter(READERS) for name in scene.layers}
+    clicking, counting = anyio.CapacityLimiter(READERS), anyio.CapacityLimiter(1)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -98,7 +101,7 @@ def create_app(scene: Scene, *, allowed_hosts: Sequence[str] = ("*",)) -> FastAP
         tag = f"{__version__}-{found.version}-{z}-{x}-{y}"
         if (unchanged := _unchanged(request, tag)) is not None:
             return unchanged
-        png = await anyio.to_thread.run_sync(scene.tile, found, Tile(zoom=z, x=x, y=y), limiter=reading)
+        png = await anyio.to_thread.run_sync(scene.tile, found, Tile(zoom=z, x=x, y=y), limiter=readers[layer])
         return _cached(request, tag, "image/png", EMPTY if png is None else png)
 
     @app.get("/point")
@@ -106,7 +109,7 @@ def create_app(scene: Scene, *, allowed_hosts: Sequence[str] = ("*",)) -> FastAP
         lon: Annotated[float, Query(ge=-180, le=180, allow_inf_nan=False)],
         lat: Annotated[float, Query(ge=-90, le=90, allow_inf_nan=False)],
     ) -> PointValues:
-        return await anyio.to_thread.run_sync(scene.point, lon, lat, limiter=reading)
+        return await anyio.to_thread.run_sync(scene.point, lon, lat, limiter=clicking)
 
     @app.post("/statistics")
     async def statistics(request: Request) -> dict[str, Any]:

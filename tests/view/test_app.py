@@ -3,6 +3,10 @@
 import asyncio
 import json
 import re
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -12,8 +16,10 @@ from fastapi import FastAPI, Response
 from starlette.testclient import TestClient
 
 from canopy.errors import AnalysisError, RasterError
+from canopy.region.folder import RegionFolder
 from canopy.view import app as server
 from canopy.view.app import MAX_BODY_BYTES, PAGE, create_app
+from canopy.view.scene import Scene
 from canopy.view.serve import Address
 from tests.finished_maps import grid
 from tests.view.conftest import SHAPE, degrees, tile_at
@@ -332,11 +338,6 @@ def test_tiles_of_other_layers_and_places_are_other_tiles(client):
 
 
 def test_a_tile_of_a_map_that_changed_is_another_tile(made, tmp_path):
-    import shutil
-
-    from canopy.region.folder import RegionFolder
-    from canopy.view.scene import Scene
-
     shutil.copytree(made.out, tmp_path / "map")
     tags = []
     for _ in range(2):
@@ -361,3 +362,26 @@ def test_nothing_of_this_computer_is_told(client, made):
     told = client.get("/map.json").text
     assert str(made.folder) not in told
     assert str(Path.home()) not in told
+
+
+def test_a_layer_that_waits_holds_up_no_other(scene, monkeypatch):
+    """As while its overviews are being made."""
+    there, released, paint = [], threading.Event(), Scene.tile
+
+    def tile(self, layer, at):
+        if layer.id == "imagery":
+            there.append(at)
+            assert released.wait(30)
+        return paint(self, layer, at)
+
+    monkeypatch.setattr(Scene, "tile", tile)
+    with TestClient(create_app(scene), base_url="http://localhost") as client, ThreadPoolExecutor() as browser:
+        paths = [f"/tiles/imagery/{TILE.zoom}/{TILE.x}/{TILE.y + i}.png" for i in range(server.READERS + 3)]
+        waiting = [browser.submit(client.get, path) for path in paths]
+        while len(there) < server.READERS:
+            time.sleep(0.01)
+        assert client.get(PATH).status_code == 200
+        assert len(there) == server.READERS, "more than these are not read at the same time"
+        assert not any(answer.done() for answer in waiting)
+        released.set()
+        assert {answer.result().status_code for answer in waiting} == {200}
