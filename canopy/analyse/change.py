@@ -56,6 +56,7 @@ from canopy.heap import trim_heap
 from canopy.mosaicker.publish import STAGED, check_whole, write_cog
 from canopy.mosaicker.quantum import QUANTUM_M, quantise
 from canopy.raster import RasterPool, create_raster, open_raster
+from canopy.region.shift import shift_line
 from canopy.score.maps import GivenMap
 from canopy.symbology import CHANGE_VALUES
 from canopy.textfile import write_text
@@ -104,6 +105,8 @@ class Compared(_Value):
     """Day or span of days of its imagery; None where it is unknown."""
     intervals: str
     """Where its error comes from."""
+    shift: str | None = None
+    """Where it is unlike the calibration data, so that its intervals are not promised; None where nothing says so."""
 
 
 class AreaHa(_Value):
@@ -179,6 +182,9 @@ class ChangeSummary(_Value):
             yield "what the maps get wrong alike cancels: polygons of ground that did not change (--stable) say how much"
         else:
             yield self.stable.text
+        for each in (self.before, self.after):
+            if each.shift is not None:
+                yield f"{each.path}: {each.shift}"
         if self.resampled is not None:
             yield f"resampled: {self.resampled}"
         if self.different_models is not None:
@@ -480,7 +486,11 @@ def _mean_change(comparison: _Comparison, sums: NDArray[np.float64], known_px: i
 def _compared(side: Side) -> Compared:
     info = side.map.info
     models = tuple(f"{model.name} {model.version}".strip() for model in info.models)
-    return Compared(path=info.path, kind=info.kind, models=models, date=info.date, intervals=side.intervals)
+    told = None if side.folder is None or side.folder.run is None else side.folder.run.get("shift")
+    return Compared(
+        path=info.path, kind=info.kind, models=models, date=info.date, intervals=side.intervals,
+        shift=None if told is None else shift_line(told),
+    )  # fmt: skip
 
 
 def _tags(comparison: _Comparison, min_area_m2: float) -> dict[str, str]:

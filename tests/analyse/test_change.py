@@ -378,6 +378,14 @@ def test_different_models(two, change, match):
     assert any("not of one model" in line for line in result.summary.lines())
 
 
+def test_a_map_unlike_the_calibration_data_is_told(two):
+    told = {"reference": "", "measured": True, "sheets_measured": 1, "sheets_flagged": 1, "sheets": 1, "worst": "r0_c0"}
+    say(two / "b", shift=told)
+    summary = change_maps(two / "a", two / "b", out=two / "out").summary
+    assert summary.before.shift is None
+    assert any(line.startswith(f"{two / 'b'}: the map looks unlike the calibration data") for line in summary.lines())
+
+
 def test_a_map_whose_lineage_is_lost(two):
     (two / "b" / "run.json").unlink()
     refused(two, "uncalibrated")
