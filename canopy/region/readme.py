@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from canopy.model.shift import FLAG_SHARE
 from canopy.region.folder import span_of
 from canopy.region.layers import AREA
+from canopy.region.plan import MAX_FILE_PX, SHEET_PX
 from canopy.region.shift import shift_line
 from canopy.symbology import ERROR_CLASSES, HEIGHT_CLASSES
 from canopy.textfile import write_text
@@ -90,6 +91,13 @@ def _command(plan: Plan, record: Mapping[str, Any]) -> str:
         words += ["--bands", ",".join(map(str, plan.bands))]
     if plan.tta != "none":
         words += ["--tta", plan.tta]
+    if plan.calibration is not None and (len(plan.models) > 1 or plan.tta != "none"):  # a model has none of these itself
+        words += ["--calibration", "TABLES.json"]
+    if plan.sheet_px != SHEET_PX:
+        words += ["--sheet-size", str(plan.sheet_px)]
+    longest = max(plan.extent.shape)
+    if plan.one_file != (longest <= MAX_FILE_PX):
+        words += ["--max-file-size", str(longest if plan.one_file else longest - 1)]
     if plan.device != "cpu" or plan.precision != "float32":
         words += ["--device", plan.device, "--precision", plan.precision]
     return " ".join(shlex.quote(word) for word in [*words, "--out", "again"])

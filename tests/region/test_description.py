@@ -1,6 +1,7 @@
 """What lies beside the rasters of a map: project, catalogue entry, README, area, imagery. tests/qgis asks QGIS itself."""
 
 import json
+import shlex
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,7 @@ from canopy.region import item, map_region, pictures, readme
 from canopy.region.layers import write_area
 from canopy.region.pictures import write_pictures
 from canopy.region.plan import Scene
-from tests.region.conftest import BOX, COUNT, LATTICE
+from tests.region.conftest import BOX, COUNT, LATTICE, content
 
 ITEM_SCHEMA = "https://schemas.stacspec.org/v1.1.0/item-spec/json-schema/item.json"
 COLLECTION_SCHEMA = "https://schemas.stacspec.org/v1.1.0/collection-spec/json-schema/collection.json"
@@ -184,6 +185,21 @@ def test_the_readme_names_every_file(whole_out, sheets_out):
         assert "tiny, version 0" in text
         assert "Apache-2.0" in text
         assert "unknown: the imagery does not say" in text
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme_makes_the_same_map(sheets_out, tmp_path, monkeypatch):
+    """Options that change a byte are in it, the sizes of sheets among them."""
+    from canopy.cli import main
+
+    lines = (sheets_out / "README.txt").read_text(encoding="utf-8").splitlines()
+    words = shlex.split(next(line for line in lines if line.startswith("  canopy map ")))
+    words[-1] = str(tmp_path / "again")
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    assert content(tmp_path / "again") == content(sheets_out)
 
 
 def test_coverage_is_told_by_class():
