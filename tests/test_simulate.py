@@ -166,6 +166,31 @@ def test_the_lidar_does_not_change_the_photograph() -> None:
     assert len(many.points) == pytest.approx(9 * len(few.points), rel=0.1)
 
 
+def test_a_second_visit_sees_the_same_forest_but_for_what_was_felled() -> None:
+    grid, forest = grid_of(70, 50), ForestConfig(cover=1.0, pulses_per_m2=0.5)
+    left, _, right, _ = grid.bounds
+
+    def west(trees: Trees) -> np.ndarray:
+        return trees.x < (left + right) / 2
+
+    first = simulate_scene(grid=grid, seed=5, forest=forest)
+    low_sun = forest.model_copy(update={"conditions": Conditions(sun_elevation_deg=35)})
+    again = simulate_scene(grid=grid, seed=5, forest=low_sun, exposure=1)
+    np.testing.assert_array_equal(again.height_m, first.height_m)
+    np.testing.assert_array_equal(again.ground_m, first.ground_m)
+    assert np.abs(again.image.astype(int) - first.image).mean() > 5
+    noise = simulate_scene(grid=grid, seed=5, forest=forest, exposure=1).image.astype(int) - first.image
+    assert 0 < np.abs(noise).mean() < np.abs(again.image.astype(int) - first.image).mean()
+    later = simulate_scene(grid=grid, seed=5, forest=forest, exposure=1, felled=west)
+    x, _ = centres(grid)
+    assert (later.height_m <= first.height_m).all()
+    assert (
+        later.height_m[x < left + 0.2 * (right - left)].max() == 0 < first.height_m[x < left + 0.2 * (right - left)].mean()
+    )
+    east = x > left + 0.85 * (right - left)
+    np.testing.assert_array_equal(later.height_m[east], first.height_m[east])
+
+
 @given(seed=st.integers(0, 2**63 - 1))
 def test_random_forests_are_valid_and_differ(seed: int) -> None:
     one, two = (ForestConfig.random(np.random.default_rng(s)) for s in (seed, seed + 1))
