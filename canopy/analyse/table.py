@@ -19,6 +19,8 @@ SUFFIXES: Final = (".gpkg", ".parquet", ".geojson", ".csv")
 def read_table(path: Path, layer: str | None = None) -> geopandas.GeoDataFrame:
     """A layer of places with its columns: GeoPackage, GeoJSON, Shapefile, GeoParquet or what else GDAL reads.
 
+    Ids that a format keeps beside the columns, as GeoPackage does, become the column `fid`, unless they only count the rows.
+
     Raises:
         AnalysisError: missing or unreadable, without geometries or CRS, or with several layers of which none is chosen.
     """
@@ -41,13 +43,22 @@ def read_table(path: Path, layer: str | None = None) -> geopandas.GeoDataFrame:
                 raise AnalysisError(f"{path} has the layers {', '.join(names)}; choose one with --layer")
             if layer is not None and layer not in names:
                 raise AnalysisError(f"{path} has no layer {layer}, but {', '.join(names)}; choose one of these with --layer")
-            frame = geopandas.read_file(path, layer=names[0] if layer is None else layer)
+            frame = _with_ids(geopandas.read_file(path, layer=names[0] if layer is None else layer, fid_as_index=True))
     except (DataSourceError, DataLayerError, pa.ArrowInvalid, ValueError) as error:
         raise AnalysisError(f"{path} cannot be read; give GeoPackage, GeoJSON, Shapefile or GeoParquet") from error
     if not isinstance(frame, geopandas.GeoDataFrame) or frame.active_geometry_name is None:
         raise AnalysisError(f"{path} holds no geometry; give a layer of polygons")
     if frame.crs is None:
         raise AnalysisError(f"{path} has no CRS; assign the right one first")
+    return frame
+
+
+def _with_ids(frame: geopandas.GeoDataFrame) -> geopandas.GeoDataFrame:
+    ids = frame.index.to_numpy()
+    frame = frame.reset_index(drop=True)
+    if (ids == range(len(ids))).all() or "fid" in {str(name).lower() for name in frame.columns}:
+        return frame
+    frame.insert(0, "fid", ids)
     return frame
 
 

@@ -265,6 +265,19 @@ def test_formats_hold_the_same_and_are_repeatable(made, measured, tmp_path, suff
     assert {path.name for path in tmp_path.iterdir()} == {"places.gpkg", out.name}
 
 
+@pytest.mark.parametrize("suffix", ["gpkg", "geojson", "csv"])
+def test_ids_beside_the_columns_stay(made, tmp_path, suffix):
+    source, out = tmp_path / "places.gpkg", tmp_path / f"out.{suffix}"
+    PLACES.assign(fid=[3, 7, 12, 40, 41, 90]).to_file(source)
+    write_zonal(made.path, source, out)
+    if suffix == "csv":
+        ids = pd.read_csv(out)["fid"]
+    else:
+        found = geopandas.read_file(out, fid_as_index=True)
+        ids = found.get("fid", found.index)
+    assert [*ids] == [3, 7, 12, 40, 41, 90]
+
+
 def test_the_command(made, tmp_path):
     source = tmp_path / "places.gpkg"
     PLACES.to_file(source, layer="a")
