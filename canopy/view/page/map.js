@@ -7,11 +7,6 @@ const BEYOND_FINEST = 4; // zooms that a pixel may be enlarged by
 const BESIDE_PX = 28; // room around the whole map
 const HATCH_PX = 16;
 
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
-
-/** The colour behind the map, that of the page. */
-const ground = () => getComputedStyle(document.documentElement).getPropertyValue("--ground").trim();
-
 /** Smooth only what is a picture: a pixel of classes has one colour, which is in the legend. */
 const smooth = (layer) => layer.kind === "image" || layer.kind === "hillshade";
 
@@ -50,9 +45,6 @@ export function createMap(container, info, { camera, lead }) {
     }
   }
   map.on("load", () => hatch(map, info.flagged));
-  const recolour = () => map.isStyleLoaded() && map.setPaintProperty("ground", "background-color", ground());
-  dark.addEventListener("change", recolour);
-  map.on("remove", () => dark.removeEventListener("change", recolour));
   return map;
 }
 
@@ -78,7 +70,7 @@ export function showStack(map, stack, hatched) {
 function styleOf(info) {
   const here = new URL(".", document.baseURI).href; // with its braces, the address of a tile is no URL yet
   const sources = {};
-  const layers = [{ id: "ground", type: "background", paint: { "background-color": ground() } }];
+  const layers = [];
   if (info.basemap) {
     sources.basemap = { type: "raster", tiles: [info.basemap], tileSize: 256, maxzoom: 19 };
     layers.push({ id: "basemap", type: "raster", source: "basemap" });
@@ -115,7 +107,7 @@ function hatch(map, flagged) {
 function stripes() {
   const side = 2 * HATCH_PX;
   const canvas = Object.assign(document.createElement("canvas"), { width: side, height: side });
-  const pen = canvas.getContext("2d");
+  const pen = canvas.getContext("2d", { willReadFrequently: true }); // or the graphics card is waited for
   for (const [colour, shift] of [["rgba(0,0,0,.6)", 0], ["rgba(255,255,255,.75)", 3]]) {
     pen.strokeStyle = colour;
     pen.lineWidth = 2;

@@ -16,12 +16,14 @@ function picture([map, over]) {
   const { width, height } = map.getCanvas();
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const pen = canvas.getContext("2d");
+  pen.fillStyle = "#fff";
+  pen.fillRect(0, 0, width, height);
   pen.drawImage(map.getCanvas(), 0, 0);
   if (over) {
     over.redraw();
     const left = Math.round((width * Number.parseFloat(part("stage").style.getPropertyValue("--at"))) / 100);
+    pen.fillRect(left, 0, width - left, height);
     if (left < width) pen.drawImage(over.getCanvas(), left, 0, width - left, height, left, 0, width - left, height);
-    pen.fillStyle = "#fff";
     pen.fillRect(left - 1, 0, 3, height);
   }
   const scale = width / map.getContainer().clientWidth;
