@@ -29,7 +29,8 @@ from tests.finished_maps import BLOCKS, CRS_M, GSD_M, LEFT_M, TOP_M, grid, write
 
 SHAPE = (60, 70)
 MIN_AREA_M2 = 6.0
-MODEL = {"name": "made", "version": "1", "weights_sha256": "0" * 64}
+LINEAGE = {"sites": [], "footprints_deg": [], "tile_sets": {}}
+MODEL = {"name": "made", "version": "1", "weights_sha256": "0" * 64, "training": LINEAGE}
 
 
 def say(folder, **changes):
@@ -272,6 +273,7 @@ def test_an_error_is_never_guessed(chms, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_stable_ground_says_how_wide_intervals_must_be(tmp_path):
     rng = np.random.default_rng(5)
     before_m = rng.uniform(10, 20, (120, 120)).astype(np.float32)
@@ -307,6 +309,7 @@ def test_a_raster_without_crs_needs_one(tmp_path):
     assert change_maps(*paths, crs="EPSG:32610", **settings).summary.crs == "EPSG:32610"
 
 
+@pytest.mark.slow
 def test_the_forest_of_cauaxi_lost_what_was_logged(samples, tmp_path):
     before, after = (samples / "reference" / "brazil_chm_no_crs" / f"ALS_CHM_CAU_{year}.tif" for year in (2012, 2014))
     result = change_maps(
@@ -370,6 +373,10 @@ def test_different_models(two, change, match):
         change = {"intervals": intervals | {"tile_sets": {"more": "2" * 64}}}
     say(two / "b", **change)
     refused(two, match)
+
+
+def test_different_models_on_demand(two):
+    say(two / "b", tta="flips")
     result = change_maps(two / "a", two / "b", out=two / "out", allow_different_models=True)
     assert result.summary.different_models is not None
     assert result.summary.rule == "sum"
@@ -378,6 +385,7 @@ def test_different_models(two, change, match):
     assert any("not of one model" in line for line in result.summary.lines())
 
 
+@pytest.mark.slow
 def test_a_map_unlike_the_calibration_data_is_told(two):
     told = {"reference": "", "measured": True, "sheets_measured": 1, "sheets_flagged": 1, "sheets": 1, "worst": "r0_c0"}
     say(two / "b", shift=told)
@@ -420,6 +428,15 @@ def test_pixels_that_are_not_the_same(two):
         write_map(two / name, height_m[: where.shape[0], : where.shape[1]], where=where)
         say(two / name)
         refused(two, match, after=name)
+
+
+@pytest.mark.slow
+def test_pixels_that_are_not_the_same_on_demand(two):
+    height_m = np.full((20, 20), 9.0, np.float32)
+    half = Grid(crs=CRS_M, transform=grid((20, 20)).transform @ Affine.translation(0.5, 0), shape=(20, 20))
+    for name, where in (("moved", half), ("coarse", grid((10, 10), gsd_m=1.2))):
+        write_map(two / name, height_m[: where.shape[0], : where.shape[1]], where=where)
+        say(two / name)
     result = change_maps(two / "a", two / "coarse", out=two / "out", resample=True)
     assert result.summary.gsd_m == pytest.approx(1.2)
     assert "2 x 2 pixels" in result.summary.resampled
@@ -471,6 +488,7 @@ def test_what_fails_leaves_nothing(two, monkeypatch):
     assert [path.name for path in keep.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told(two, small_disk):
     disk = small_disk(120_000)
     with pytest.raises(CanopyError, match="free disk space or choose another"):

@@ -1,7 +1,6 @@
 """Connected components over strips, against scikit-image on the whole raster."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapely import box, union_all
@@ -68,14 +67,14 @@ def test_strips_are_as_the_whole(tmp_path_factory, shape, share, least_px, seed,
 
 def test_outlines_do_not_show_the_strips(tmp_path):
     rng = np.random.default_rng(3)
-    kind = np.where(rng.random((40, 30)) < 0.55, LOSS, 2).astype(np.uint8)
-    values = np.ones((1, 40, 30))
+    kind = np.where(rng.random((28, 30)) < 0.55, LOSS, 2).astype(np.uint8)
+    values = np.ones((1, 28, 30))
     outlines = {
         strip_px: [each.outline.wkt for each in over_strips(tmp_path, kind, values, least_px=4, strip_px=strip_px)[1]]
-        for strip_px in (1, 7, 40)
+        for strip_px in (3, 28)
     }
-    assert outlines[1] == outlines[7] == outlines[40]
-    assert max(len(text) for text in outlines[1]) > 1000, "something crosses the strips"
+    assert outlines[3] == outlines[28]
+    assert max(len(text) for text in outlines[3]) > 1000, "something crosses the strips"
 
 
 def test_a_corner_connects_and_another_class_does_not(tmp_path):
@@ -86,8 +85,8 @@ def test_a_corner_connects_and_another_class_does_not(tmp_path):
     assert len(found[0].outline.geoms) == 3, "parts that touch at a corner only"
 
 
-@pytest.mark.parametrize("column", [0, 5])
-def test_a_thin_column_through_many_strips_is_one(tmp_path, column):
+def test_a_thin_column_through_many_strips_is_one(tmp_path):
+    column = 5
     kind = np.full((100, 6), 2, np.uint8)
     kind[:, column] = GAIN
     kept, found, _ = over_strips(tmp_path, kind, np.ones((1, 100, 6)), least_px=100, strip_px=3)
