@@ -7,7 +7,7 @@ one way and evenly: they keep their order for every common kind of colour vision
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 
@@ -68,6 +68,13 @@ DIFFERENCE_CLASSES: Final = _classes(
 """Metres of one map minus another: blue where the first is lower, orange where it is higher, the darker the more. The steps
 of both arms are about equally light (L* 33, 52, 74), and blue and orange differ for every common kind of colour vision."""
 
+CHANGE_CLASSES: Final = tuple(
+    replace(each, colour=mirrored.colour)
+    for each, mirrored in zip(DIFFERENCE_CLASSES, DIFFERENCE_CLASSES[::-1], strict=True)
+)
+"""Metres of a later map minus an earlier one: the same classes, with the colours that maps of forest change have, warm for
+what is lost and cold for what has grown."""
+
 UNKNOWN_COLOUR: Final = "#9a9a9a"
 """Where nothing is known, or nothing is promised: grey, which is in no ramp."""
 
@@ -89,8 +96,8 @@ class NamedValue:
 
 CHANGE_VALUES: Final = (
     NamedValue(value=0, colour=UNKNOWN_COLOUR, name="unknown"),
-    NamedValue(value=1, colour=DIFFERENCE_CLASSES[1].colour, name="loss"),
-    NamedValue(value=2, colour=DIFFERENCE_CLASSES[3].colour, name="no detectable change"),
-    NamedValue(value=3, colour=DIFFERENCE_CLASSES[5].colour, name="gain"),
+    NamedValue(value=1, colour=CHANGE_CLASSES[1].colour, name="loss"),
+    NamedValue(value=2, colour=CHANGE_CLASSES[3].colour, name="no detectable change"),
+    NamedValue(value=3, colour=CHANGE_CLASSES[5].colour, name="gain"),
 )
-"""What became of a pixel between two dates, in the colours that a difference of heights has."""
+"""What became of a pixel between two dates, in the colours of `CHANGE_CLASSES`."""

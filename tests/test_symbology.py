@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 from skimage.color import deltaE_ciede2000, rgb2lab
 
-from canopy.symbology import CHANGE_VALUES, DIFFERENCE_CLASSES, ERROR_CLASSES, HEIGHT_CLASSES, UNKNOWN_COLOUR
+from canopy.symbology import CHANGE_CLASSES, CHANGE_VALUES, DIFFERENCE_CLASSES, ERROR_CLASSES, HEIGHT_CLASSES, UNKNOWN_COLOUR
 
 RAMPS = {"heights": HEIGHT_CLASSES, "errors": ERROR_CLASSES}
 
@@ -91,3 +91,10 @@ def test_values_of_change_are_told_apart_by_every_eye(matrix):
     apart = deltaE_ciede2000(seen[:, None], seen[None])
     assert apart[~np.eye(len(seen), dtype=bool)].min() > 10
     assert [each.value for each in CHANGE_VALUES] == [0, 1, 2, 3]
+
+
+def test_what_is_lost_is_warm_and_what_has_grown_is_cold():
+    lost, gained = ({each.name: each.rgb for each in CHANGE_VALUES}[name] for name in ("loss", "gain"))
+    assert lost[0] > lost[2]
+    assert gained[0] < gained[2]
+    assert (lost, gained) == (CHANGE_CLASSES[1].rgb, CHANGE_CLASSES[-2].rgb)

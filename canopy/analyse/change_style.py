@@ -8,15 +8,15 @@ from typing import Final
 from canopy.analyse.change_polygons import NAMES as POLYGON_CLASSES
 from canopy.analyse.difference import GAIN, LOSS
 from canopy.region.styles import classes_pipe, outlined_by, qml, values_pipe
-from canopy.symbology import CHANGE_VALUES, DIFFERENCE_CLASSES
+from canopy.symbology import CHANGE_CLASSES, CHANGE_VALUES
 
 LINE_MM: Final = 0.4
 
 
 def change_qml() -> str:
-    """Of `change.tif`: metres in the classes of differences."""
-    names, colours = zip(*((each.name, each.colour) for each in DIFFERENCE_CLASSES), strict=True)
-    return qml(classes_pipe(DIFFERENCE_CLASSES, names, colours))
+    """Of `change.tif`: metres in classes."""
+    names, colours = zip(*((each.name, each.colour) for each in CHANGE_CLASSES), strict=True)
+    return qml(classes_pipe(CHANGE_CLASSES, names, colours))
 
 
 def classes_qml() -> str:
@@ -25,8 +25,8 @@ def classes_qml() -> str:
 
 
 def polygons_qml() -> str:
-    """Of `changes.gpkg`: outlines in the darkest colours that differences have, so that what is under them is seen."""
-    colours = {POLYGON_CLASSES[LOSS]: DIFFERENCE_CLASSES[0].colour, POLYGON_CLASSES[GAIN]: DIFFERENCE_CLASSES[-1].colour}
+    """Of `changes.gpkg`: outlines in the darkest colours of `change.tif`, so that what is under them is seen."""
+    colours = {POLYGON_CLASSES[LOSS]: CHANGE_CLASSES[0].colour, POLYGON_CLASSES[GAIN]: CHANGE_CLASSES[-1].colour}
     return qml(outlined_by("class", colours, LINE_MM))
 
 

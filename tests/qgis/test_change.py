@@ -7,7 +7,7 @@ import pytest
 
 from canopy.analyse.change import change_maps
 from canopy.raster import read_raster
-from canopy.symbology import CHANGE_VALUES, DIFFERENCE_CLASSES
+from canopy.symbology import CHANGE_CLASSES, CHANGE_VALUES
 from tests.finished_maps import grid, write_map
 from tests.qgis.test_project import drawn, picture, predicted, rgb, unlike
 
@@ -37,13 +37,13 @@ def test_change_looks_and_reads_as_it_is(qgis, changed, tmp_path):
     answer = qgis(rasters=list(paths.values()), points={path: [[x, y]] for path in paths.values()}, pictures=pictures)
     assert answer["errors"] == [[], []]
     legends = {name: answer["layers"][path]["symbols"] for name, path in paths.items()}
-    assert legends["change"][-len(DIFFERENCE_CLASSES) :] == [[each.name, each.colour] for each in DIFFERENCE_CLASSES]
+    assert legends["change"][-len(CHANGE_CLASSES) :] == [[each.name, each.colour] for each in CHANGE_CLASSES]
     assert legends["classes"][-len(CHANGE_VALUES) :] == [[each.name, each.colour] for each in CHANGE_VALUES]
     change_m, kind = (read_raster(paths[name])[0].data for name in ("change", "classes"))
     identified = answer["identified"]
     assert identified[paths["change"]] == [{str(band + 1): pytest.approx(change_m[band, 20, 10]) for band in range(3)}]
     assert identified[paths["classes"]] == [{"1": kind[0, 20, 10]}] == [{"1": 1}]
-    expected = predicted(change_m[0], DIFFERENCE_CLASSES, [each.colour for each in DIFFERENCE_CLASSES])
+    expected = predicted(change_m[0], CHANGE_CLASSES, [each.colour for each in CHANGE_CLASSES])
     assert unlike(picture(tmp_path / "change.png"), expected) == 0
     expected = np.array([rgb(each.colour) for each in CHANGE_VALUES], np.uint8)[kind[0]]
     assert unlike(picture(tmp_path / "classes.png"), expected) == 0
