@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-qgis test-browser lint bench clean
+.PHONY: help demo test test-slow test-qgis test-browser lint bench notebooks clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,8 +53,11 @@ lint: $(VENV)/.installed-dev ## ruff (rules and format) and mypy
 bench: $(VENV)/.installed-dev ## the benchmarks, with the ratios they measure
 	$(RUN) pytest -m bench -s $(PYTEST_ARGS)
 
+notebooks: $(VENV)/.installed-dev ## run the walk-throughs and keep their outputs
+	cd notebooks && PATH="$(CURDIR)/$(VENV)/bin:$$PATH" jupyter execute --inplace *.ipynb
+
 clean: ## remove what the demo, the tests and the tools wrote; .venv, tile sets and training runs stay
-	rm -rf demo build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf demo build dist notebooks/out .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find canopy tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing that venv puts into a new environment: without it the environment is missing or half made.
