@@ -93,7 +93,9 @@ def _command(plan: Plan, record: Mapping[str, Any]) -> str:
         words += ["--tta", plan.tta]
     if plan.calibration is not None and (len(plan.models) > 1 or plan.tta != "none"):  # a model has none of these itself
         words += ["--calibration", "TABLES.json"]
-    if plan.sheet_px != SHEET_PX:
+    # Of sheets that become one file only the measure of shift is left, where there is one.
+    told_apart = not plan.one_file or (len(plan.sheets) > 1 and record["shift"]["measured"])
+    if plan.sheet_px != SHEET_PX and told_apart:
         words += ["--sheet-size", str(plan.sheet_px)]
     longest = max(plan.extent.shape)
     if plan.one_file != (longest <= MAX_FILE_PX):

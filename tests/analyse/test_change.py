@@ -190,7 +190,7 @@ def test_the_files_are_what_they_are_said_to_be(changed):
         assert cog_validate(changed.folder / name, strict=True, quiet=True)[0]
     with rasterio.open(changed.folder / "classes.tif") as file:
         assert file.dtypes == ("uint8",)
-        assert file.colormap(1)[1] == (0x08, 0x83, 0xC3, 255)
+        assert file.colormap(1)[1] == (0xC0, 0x63, 0x1D, 255)
         assert file.descriptions == ("change",)
         names = [file.tags()[f"CANOPY_CLASS_{value}"] for value in range(4)]
     assert names == ["unknown", "loss", "no detectable change", "gain"]
