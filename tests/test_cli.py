@@ -30,7 +30,8 @@ WORK = ".canopy-work"
 
 SERVER = """
 import contextlib, json, os, resource, sys
-import geopandas, timm, torch, segmentation_models_pytorch, canopy.cli, canopy.region, canopy.model.package
+import geopandas, jinja2, pystac.extensions.projection, timm, torch, segmentation_models_pytorch
+import canopy.cli, canopy.model.package, canopy.region.description, canopy.region.run
 torch.set_num_threads(1)
 print("ready", flush=True)
 for line in sys.stdin:
@@ -405,6 +406,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "words"), BAD, ids=lambda v: getattr(v, "__name__", None))
 def test_bad_input_is_one_line_and_leaves_nothing(canopy, tmp_path, tiny_model, arguments, words):
     line = arguments(tmp_path)
@@ -508,6 +510,7 @@ def test_a_disk_too_small_is_refused_before_the_work(canopy, image, tiny_model, 
     assert not list(disk.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [20_000, 80_000, 150_000, 300_000])
 def test_a_file_that_cannot_grow(canopy, tiny_model, tmp_path, limit):
     """A limit on file sizes acts as a full disk that the check before the work cannot see."""
@@ -612,6 +615,7 @@ def test_tile_and_inspect(canopy, tmp_path):
     assert "keep" in judged.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
