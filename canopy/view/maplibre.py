@@ -1,8 +1,8 @@
 """MapLibre GL, which draws the map in the browser, put beside the page from its npm package.
 
 It is no part of the repository: building the package, `pip install -e .` and `make` fetch it, and a wheel carries it, so
-that the page asks no other computer for anything. By hand it is `python -m canopy.view.maplibre`. The package is read from
-the registry as one archive over HTTPS, which needs neither node nor npm, and used only if its SHA-512 is the one below.
+that the page asks no other computer for anything. By hand it is `python -m canopy.view.maplibre`. The package is read as
+one archive from the registry that `npm_config_registry` names, or else npm, and used only if its SHA-512 is the one below.
 
 The build calls this file before anything is installed: it imports nothing but Python's own library at the top.
 """
@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -52,10 +53,28 @@ def in_place(folder: Path = FOLDER) -> bool:
 
 
 def archive_url() -> str:
-    """Where the archive is: npm's registry, or the one that npm is told to use."""
+    """Where the archive is: in the registry that npm is told to use, by its variable or by its settings.
+
+    Raises:
+        DownloadError: Nothing here says which registry that is.
+    """
     told = {key.lower(): value for key, value in os.environ.items()}.get("npm_config_registry")
-    registry = (told or "https://registry.npmjs.org").rstrip("/")
-    return f"{registry}/maplibre-gl/-/maplibre-gl-{VERSION}.tgz"
+    return f"{(told or _npms_own()).rstrip('/')}/maplibre-gl/-/maplibre-gl-{VERSION}.tgz"
+
+
+def _npms_own() -> str:
+    """The registry that npm knows, a mirror of the house perhaps."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise DownloadError(
+            "no npm is here to say where npm packages are; install npm, or set npm_config_registry to the registry's address"
+        )
+    command = [npm, "config", "get", "registry"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)  # noqa: S603
+    except (subprocess.SubprocessError, OSError) as error:
+        raise DownloadError(f"npm does not say which registry it uses ({error}); set npm_config_registry") from error
+    return told.stdout.strip()
 
 
 def fetch(folder: Path = FOLDER, *, url: str | None = None) -> bool:

@@ -71,14 +71,33 @@ def test_no_archive_is_one_line(url, tmp_path):
     assert not (tmp_path / "maplibre").exists()
 
 
-def test_the_registry_is_the_one_that_npm_is_told(monkeypatch):
+def untold(monkeypatch, path: Path) -> None:
+    """No variable names a registry, and programs are looked for in one folder."""
     for name in list(os.environ):
         if name.lower() == "npm_config_registry":
             monkeypatch.delenv(name)
-    default = archive_url()
-    assert default.startswith("https://")
+    monkeypatch.setenv("PATH", str(path))
+
+
+def test_the_registry_is_the_one_that_a_variable_names_or_npm_knows(monkeypatch, tmp_path):
+    untold(monkeypatch, tmp_path)
+    npm = tmp_path / "npm"
+    npm.write_text('#!/bin/sh\n[ "$*" = "config get registry" ] && echo https://house.example/npm/\n')
+    npm.chmod(0o755)
+    archive = f"maplibre-gl/-/maplibre-gl-{maplibre.VERSION}.tgz"
+    assert archive_url() == f"https://house.example/npm/{archive}"
     monkeypatch.setenv("npm_config_registry", "https://mirror.example/npm/")
-    assert archive_url() == f"https://mirror.example/npm/maplibre-gl/-/{default.rpartition('/')[2]}"
+    assert archive_url() == f"https://mirror.example/npm/{archive}"
+
+
+def test_where_nothing_names_a_registry_it_is_said(monkeypatch, tmp_path):
+    untold(monkeypatch, tmp_path)
+    with pytest.raises(DownloadError, match="install npm, or set npm_config_registry"):
+        fetch(tmp_path / "maplibre")
+    (tmp_path / "npm").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "npm").chmod(0o755)
+    with pytest.raises(DownloadError, match=r"npm does not say .*; set npm_config_registry"):
+        archive_url()
 
 
 def copy_package(to: Path) -> Path:
